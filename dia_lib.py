@@ -1,0 +1,964 @@
+"""The small library of DIA, "Dissolving Is Amplifying" (Shi et al., ECCV 2024, arXiv:2302.14696).
+
+First the method, in the order of the paper: schedule and dissolving, UNet, views, encoder, contrastive loss, score.
+Then, below the line of equal signs, the plumbing: data, synthetic defects, checkpoints, seeds, device, command line.
+
+Letters, used everywhere:
+    B  images in a batch        K  shifts (4)             V  views (2 for CSI, 3 for DIA)      N  rows of a view, K*B
+    D  embedding size (128)     C H W  image              T  diffusion steps (1000)
+    M  training images          Q  test images
+
+Images are uint8 in storage and float in [0, 1] in the pipeline; only the diffusion model works in [-1, 1].
+Rows of a batch of views are view-major, then shift, then image: row (v*K + k)*B + b. Views 0 and 1 are positives of
+each other, view 2 is the dissolved one. Anomaly scores: higher means more anomalous, everywhere.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from torchvision.models import resnet18
+from torchvision.transforms.functional import gaussian_blur
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+K = 4  # both families of shifts have four members
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule and dissolving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_pm1(x):
+    """[0, 1] -> [-1, 1]."""
+    return x * 2 - 1
+
+
+def to_01(x):
+    """[-1, 1] -> [0, 1]."""
+    return (x + 1) / 2
+
+
+def alpha_bar(schedule="cosine", T=1000):
+    """Cumulative product of 1 - beta up to and including step t, for t = 0..T-1: (T,) float32, falling from 1 to 0.
+
+    "cosine": Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17, s = 0.008, betas clipped at 0.999.
+    "linear": Ho et al. 2020, arXiv:2006.11239, Sec. 4, beta from 1e-4 to 0.02 (for T = 1000; scaled for another T).
+    """
+    if schedule == "cosine":
+        f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    elif schedule == "linear":
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+    else:
+        raise ValueError(f"schedule {schedule!r}: expected cosine or linear")
+    return torch.cumprod(1 - beta, 0).float()
+
+
+def q_sample(x0, t, eps, abar):
+    """Diffuse clean images to step t. Ho et al. 2020, arXiv:2006.11239, Eq. 4.
+
+    x0, eps: (B, C, H, W) float, x0 in [-1, 1].  t: (B,) int64 in 0..T-1 (a negative t would wrap: not checked).
+    abar: (T,) float32.  Returns xt: (B, C, H, W).
+    """
+    a = abar[t].view(-1, 1, 1, 1)                                   # (B, 1, 1, 1)
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps                     # (B, C, H, W)
+
+
+@torch.no_grad()
+def dissolve(unet, x, t, abar):
+    """Dissolving transformation: one reverse step on *clean* images. DIA, arXiv:2302.14696, Eq. 4.
+
+    unet: callable (x, t) -> eps of x's shape; it runs under autocast, the equation itself in float32.
+    x: (B, C, H, W) float in [-1, 1].  t: (B,) int64 in 0..T-1.  abar: (T,) float32.
+    Returns x_hat: like x, clamped to [-1, 1], without gradient.
+    """
+    with autocast(x.device):
+        eps = unet(x, t)                                            # (B, C, H, W)
+    a = abar[t].view(-1, 1, 1, 1)                                   # (B, 1, 1, 1)
+    x_hat = (1 / a).sqrt() * x - (1 / a - 1).sqrt() * eps.float()   # Eq. 4
+    return x_hat.clamp(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UNet
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))); the time vector scales and shifts the second norm."""
+
+    def __init__(self, cin, cout, time_dim):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.time = nn.Linear(time_dim, 2 * cout)
+        self.norm2, self.conv2 = nn.GroupNorm(8, cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)                           # each block starts as its shortcut
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, temb):
+        scale, shift = self.time(temb)[:, :, None, None].chunk(2, 1)    # (B, cout, 1, 1) each
+        h = self.conv1(F.silu(self.norm1(x)))                           # (B, cout, H, W)
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the H*W positions, heads of 32 channels, added to its input."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.heads = max(1, dim // 32)
+        self.norm, self.qkv, self.out = nn.GroupNorm(8, dim), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)                         # (B, H*W, 3*C)
+        q, k, v = qkv.view(B, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)          # (B, heads, H*W, C/heads) each
+        h = F.scaled_dot_product_attention(q, k, v)                                     # (B, heads, H*W, C/heads)
+        return x + self.out(h.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2))
+
+
+class UNet(nn.Module):
+    """Noise predictor of the diffusion model, after Ho et al. 2020, arXiv:2006.11239, App. B.
+
+    Two residual blocks a stage, attention in the two lowest stages and the middle, skips from every block.
+    forward(x, t): x (B, C, H, W) float, H and W divisible by 2**(stages - 1); t (B,) int64 -> eps, same shape as x.
+    """
+
+    def __init__(self, channels=3, dim=64, dim_mults=(1, 2, 4, 8)):
+        super().__init__()
+        self.dim, self.divisor = dim, 2 ** (len(dim_mults) - 1)
+        widths = [dim * m for m in dim_mults]
+        time_dim = 4 * dim
+        self.time = nn.Sequential(nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
+        self.stem = nn.Conv2d(channels, dim, 3, padding=1)
+
+        def stage(cin, skips, cout, level):
+            """Two blocks; on the way up each takes a skip of `skips` channels as well."""
+            low = level >= len(widths) - 2
+            return nn.ModuleList([ResBlock(cin + skips, cout, time_dim), Attention(cout) if low else nn.Identity(),
+                                  ResBlock(cout + skips, cout, time_dim), Attention(cout) if low else nn.Identity()])
+
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c = dim
+        for level, width in enumerate(widths):
+            last = level == len(widths) - 1
+            self.down.append(stage(c, 0, width, level))
+            self.down.append(nn.Identity() if last else nn.Conv2d(width, width, 3, stride=2, padding=1))
+            c = width
+        self.mid = nn.ModuleList([ResBlock(c, c, time_dim), Attention(c), ResBlock(c, c, time_dim)])
+        for level, width in reversed(list(enumerate(widths))):
+            self.up.append(stage(c, width, width, level))
+            below = widths[level - 1]
+            self.up.append(nn.Identity() if level == 0 else
+                           nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, below, 3, padding=1)))
+            c = below
+        self.out = nn.Sequential(nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, channels, 3, padding=1))
+
+    def forward(self, x, t):
+        half = self.dim // 2
+        freq = torch.exp(torch.arange(half, device=x.device) * (-math.log(10000) / (half - 1)))     # (dim/2,)
+        angle = t[:, None].float() * freq                                                           # (B, dim/2)
+        temb = self.time(torch.cat([angle.sin(), angle.cos()], 1))                                  # (B, 4*dim)
+        h, skips = self.stem(x.contiguous(memory_format=torch.channels_last)), []
+        for (block1, attn1, block2, attn2), resize in zip(self.down[::2], self.down[1::2], strict=True):
+            skips.append(attn1(block1(h, temb)))
+            skips.append(attn2(block2(skips[-1], temb)))
+            h = resize(skips[-1])                                                                   # half the size
+        h = self.mid[2](self.mid[1](self.mid[0](h, temb)), temb)
+        for (block1, attn1, block2, attn2), resize in zip(self.up[::2], self.up[1::2], strict=True):
+            h = attn1(block1(torch.cat([h, skips.pop()], 1), temb))
+            h = attn2(block2(torch.cat([h, skips.pop()], 1), temb))
+            h = resize(h)                                                                           # twice the size
+        return self.out(h)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views: shift, augmentation, dissolved view
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shift_views(x, kind):
+    """The K shifting transformations S_k of every image. CSI, arXiv:2007.08176, Sec. 2.2; DIA Sec. 3.2.
+
+    x: (B, C, H, W), H = W, even.  kind: "rotate", by k quarter-turns, or "perm", a 2x2 jigsaw: top and bottom halves
+    swapped if k >= 2, left and right halves if k is odd.  Returns (K*B, C, H, W), shift-major: row k*B + b.
+    """
+    h, w = x.shape[-2] // 2, x.shape[-1] // 2
+    if kind == "rotate":
+        return torch.cat([torch.rot90(x, k, (-2, -1)) for k in range(K)])
+    if kind == "perm":
+        return torch.cat([x.roll((h * (k >= 2), w * (k % 2)), (-2, -1)) for k in range(K)])     # a half-turn of the torus
+    raise ValueError(f"shift {kind!r}: expected rotate or perm")
+
+
+def draw_augment(n, crop_scale, generator):
+    """Draw the random non-shifting T (colour jitter, grey, resized crop) of n images. CSI, arXiv:2007.08176, App. A.
+
+    crop_scale: (low, high) share of the area.  generator: a torch.Generator; the draws are made on its device.
+    Returns a dict of (n,) tensors; `crop` holds (height, width, y, x) of the crop, as shares in [0, 1] and offsets
+    of its centre in [-1, 1]. Jitter 0.4/0.4/0.4/0.1 with p 0.8, grey with p 0.2.
+    """
+    def uniform(low, high):
+        return torch.rand(n, generator=generator, device=generator.device) * (high - low) + low
+
+    jitter = uniform(0, 1) < 0.8
+    params = {name: torch.where(jitter, uniform(low, high), neutral) for name, low, high, neutral in
+              [("contrast", 0.6, 1.4, 1.0), ("hue", -0.1, 0.1, 0.0), ("saturation", 0.6, 1.4, 1.0),
+               ("value", 0.6, 1.4, 1.0)]}
+    params["contrast_first"] = uniform(0, 1) < 0.5
+    params["grey"] = uniform(0, 1) < 0.2
+    # choice: a crop that does not fit keeps its area and takes the nearest aspect that fits, where CSI draws again
+    area = uniform(*crop_scale)
+    aspect = torch.exp(uniform(math.log(3 / 4), math.log(4 / 3)))           # width / height
+    aspect = torch.minimum(torch.maximum(aspect, area), 1 / area)
+    h, w = (area / aspect).sqrt(), (area * aspect).sqrt()
+    params["crop"] = torch.stack([h, w, uniform(-1, 1) * (1 - h), uniform(-1, 1) * (1 - w)])    # (4, n)
+    return params
+
+
+def augment(x, params):
+    """Apply draws of `draw_augment`: jitter, then grey, then resized crop to the same size; never a flip.
+
+    x: (n, C, H, W) float in [0, 1], C = 1 or 3.  params: of n draws, or of one draw, then the same for all n.
+    Returns (n, C, H, W) in [0, 1]. On grey images (C = 1) hue, saturation and grey do nothing.
+    """
+    n, C = x.shape[:2]
+    p = {name: value.view(-1, 1, 1, 1) for name, value in params.items() if name != "crop"}     # (n or 1, 1, 1, 1)
+
+    def contrast(x, factor):                                       # around each channel's mean
+        return torch.lerp(x.mean((-2, -1), keepdim=True), x, factor).clamp(0, 1)
+
+    x = contrast(x, torch.where(p["contrast_first"], p["contrast"], 1))
+    x = (x * p["value"]).clamp(0, 1) if C == 1 else jitter_hsv(x, p["hue"], p["saturation"], p["value"])
+    x = contrast(x, torch.where(p["contrast_first"], 1, p["contrast"]))
+    if C == 3:
+        luma = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        x = torch.where(p["grey"], luma, x)
+    h, w, dy, dx = params["crop"]                                   # (n or 1,) each
+    zero = torch.zeros_like(h)
+    theta = torch.stack([w, zero, dx, zero, h, dy], 1).view(-1, 2, 3).expand(n, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)                     # (n, H, W, 2)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def jitter_hsv(x, hue, saturation, value):
+    """Shift the hue (in turns), scale saturation and value. x: (n, 3, H, W) in [0, 1]; the others (n or 1, 1, 1, 1).
+
+    HSV back to RGB by channel = v - v*s*max(0, min(k, 4 - k, 1)), k = (n + 6h) mod 6, n = 5, 3, 1 for R, G, B.
+    """
+    r, g, b = x.unbind(1)                                                       # (n, H, W) each
+    v, low = x.amax(1), x.amin(1)
+    h = torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b) / (2 * math.pi)      # in turns
+    s = (v - low) / v.clamp(min=1e-8)
+    h, s, v = h + hue[:, 0], (s * saturation[:, 0]).clamp(0, 1), (v * value[:, 0]).clamp(0, 1)
+    k = (x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + 6 * h[:, None]) % 6   # (n, 3, H, W)
+    return v[:, None] - (v * s)[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+@torch.no_grad()
+def dissolve_view(unet, x, t, abar, size, mode):
+    """The image as the third view sees it, before shift and augmentation. DIA Sec. 4.1.
+
+    x: (B, C, H, W) in [0, 1], H = W.  unet, t, abar: as for `dissolve`; not used by the modes without diffusion.
+    size: pixels at which dissolving happens; larger images are brought there and back by antialiased bilinear
+    resizing, smaller ones are padded with zeros and cropped back.  mode: "diffusion" (the paper), "residual" (only
+    what diffusion took away is taken from x), "gaussian" and "median" (7x7 at that size), "resize" (down and up, no
+    more), "copy" (x itself).  Returns like x, in [0, 1].
+    """
+    if mode == "copy":
+        return x
+    H = x.shape[-1]
+    small = fit_to(x, size)                                                     # (B, C, size, size)
+    if mode in ("diffusion", "residual"):
+        y = to_01(dissolve(unet, to_pm1(small), t, abar))
+    elif mode == "gaussian":
+        y = gaussian_blur(small, 7, 1.4)                                        # OpenCV's sigma for 7x7, as in the code
+    elif mode == "median":
+        windows = F.unfold(F.pad(small, (3, 3, 3, 3), mode="reflect"), 7)       # (B, C*49, size*size)
+        y = windows.unflatten(1, (-1, 49)).median(2).values.view_as(small)
+    elif mode == "resize":
+        y = small
+    else:
+        raise ValueError(f"dissolve mode {mode!r}")
+
+    def back(y):
+        if H < size:
+            left = (size - H) // 2
+            return y[..., left:left + H, left:left + H]
+        return y if H == size else F.interpolate(y, (H, H), mode="bilinear", align_corners=False)
+
+    return (x + back(y - small)).clamp(0, 1) if mode == "residual" else back(y)
+
+
+def fit_to(x, size):
+    """(B, C, H, H) in [0, 1] -> (B, C, size, size): zero-padded if smaller, antialiased bilinear if larger."""
+    H = x.shape[-1]
+    if H < size:
+        left = (size - H) // 2
+        return F.pad(x, (left, size - H - left, left, size - H - left))
+    return x if H == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def make_views(x, views, shift, crop_scale, generator, dissolve=None):
+    """All V*K views of a batch: flip, (third view) dissolve, shift, augment, in this order. DIA Sec. 3.2, Eq. 5.
+
+    The flip comes before the shift: after a quarter-turn it would exchange 90 and 270 degrees.
+    x: (B, C, H, W) in [0, 1].  dissolve: callable like -> like, for view 2.
+    Returns (V*K*B, C, H, W), view-major, then shift, then image.
+    """
+    branches = []
+    for v in range(views):
+        flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
+        xv = torch.where(flip, x.flip(-1), x)                           # (B, C, H, W)
+        if v == 2:
+            xv = dissolve(xv)                                           # D
+        branches.append(shift_views(xv, shift))                         # S_k: (K*B, C, H, W)
+    x = torch.cat(branches)                                             # (V*K*B, C, H, W)
+    return augment(x, draw_augment(len(x), crop_scale, generator))      # T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """ResNet-18 from random weights, with the projection of SimCLR and the shift classifier of CSI.
+
+    stem: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no max-pool; for images up to 32 px).
+    forward(x): x (n, C, H, W) in [0, 1] -> z (n, 128), not normalised, and shift logits (n, K), both float32.
+    """
+
+    def __init__(self, channels=3, K=K, stem="imagenet"):
+        super().__init__()
+        self.backbone = resnet18()
+        if stem == "cifar":
+            self.backbone.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+            self.backbone.maxpool = nn.Identity()
+        elif stem == "imagenet":
+            self.backbone.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        else:
+            raise ValueError(f"stem {stem!r}: expected imagenet or cifar")
+        nn.init.kaiming_normal_(self.backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.backbone.fc = nn.Identity()
+        self.projection = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+        self.shift = nn.Linear(512, K)
+
+    def forward(self, x):
+        x = ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+        h = self.backbone(x)                                                # (n, 512)
+        with torch.autocast(h.device.type, enabled=False):                  # the small heads cost nothing in float32
+            return self.projection(h.float()), self.shift(h.float())        # (n, 128), (n, K)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contrastive loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def contrastive_loss(z, views=3, tau=0.5, twins="negative"):
+    """Fine-grained NT-Xent. DIA, arXiv:2302.14696, Eq. 6-7; with views=2 CSI's loss, arXiv:2007.08176, Eq. 3.
+
+    z: (V*N, D), any float dtype, not normalised, view-major; float32 inside, also within an autocast block.
+    Positives are rows i of view 0 and i of view 1. Every other row is a negative, the dissolved ones too, which have
+    no loss of their own. twins: an image's own dissolved row of the same shift is a "negative" (the paper's words)
+    or is "excluded" from the denominator (the released code's default since 2024).
+    Returns the sum over the 2N rows of views 0 and 1, divided by V*N (as the released code normalises).
+    Raises ValueError if len(z) is not a multiple of views, or twins is unknown.
+    """
+    if len(z) % views:
+        raise ValueError(f"{len(z)} rows cannot be {views} views of the same images")
+    if twins not in ("negative", "excluded"):
+        raise ValueError(f"twins {twins!r}: expected negative or excluded")
+    with torch.autocast(z.device.type, enabled=False):
+        N = len(z) // views
+        z = F.normalize(z.float(), dim=1)                                   # (V*N, D)
+        sim = z[:2 * N] @ z.T / tau                                         # (2N, V*N), Eq. 6
+        row = torch.arange(2 * N, device=z.device)
+        positive = sim[row, (row + N) % (2 * N)]                            # (2N,)
+        masked = torch.zeros_like(sim, dtype=torch.bool)
+        masked[row, row] = True                                             # oneself
+        if views == 3 and twins == "excluded":
+            masked[row, 2 * N + row % N] = True                             # one's dissolved twin
+        loss = torch.logsumexp(sim.masked_fill(masked, -torch.inf), 1) - positive       # (2N,)
+        return loss.sum() / (views * N)                                     # Eq. 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Score
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embed(encoder, images, shift, passes, device, batch=96, name=None):
+    """Embeddings and shift logits under every shift, averaged over test-time passes. CSI, arXiv:2007.08176, Sec. 2.3.
+
+    images: (M, C', H, W) uint8.  Pass p under shift k uses one draw, from (p, k) alone, for all images (flip, jitter,
+    grey, crop 0.54): a score depends on its image and the run, never on batch, order or other files.
+    name: label of a progress bar.  Returns z (M, K, D) and logits (M, K, K), float32 on the CPU.
+    """
+    training, channels = encoder.training, encoder.backbone.conv1.in_channels
+    encoder.eval()
+    draws = {}
+    for p in range(passes):
+        for k in range(K):
+            g = step_generator("cpu", 0, "test-time view", p * K + k)
+            flip = torch.rand(1, generator=g).item() < 0.5
+            draws[p, k] = flip, {n: v.to(device) for n, v in draw_augment(1, (0.54, 0.54), g).items()}
+    zs, logits = [], []
+    bar = tqdm(images.split(batch), name, unit="batch", leave=False, disable=None if name else True)
+    for chunk in bar:
+        x = to_float(chunk, channels, device)                                           # (b, C, H, W)
+        z_sum = logit_sum = 0
+        for p in range(passes):
+            rows = []
+            for k in range(K):
+                flip, params = draws[p, k]
+                rows.append(augment(shift_views(x.flip(-1) if flip else x, shift).chunk(K)[k], params))
+            with autocast(device):
+                z, logit = encoder(torch.cat(rows))                                     # (K*b, D), (K*b, K)
+            z_sum, logit_sum = z_sum + z.float(), logit_sum + logit.float()
+        zs.append((z_sum / passes).unflatten(0, (K, -1)).transpose(0, 1).cpu())         # (b, K, D)
+        logits.append((logit_sum / passes).unflatten(0, (K, -1)).transpose(0, 1).cpu())  # (b, K, K)
+    encoder.train(training)
+    return torch.cat(zs), torch.cat(logits)
+
+
+def csi_fit(z, logits):
+    """What the score needs of the normal training images. CSI, arXiv:2007.08176, Eq. 6-8; DIA Sec. 3.3.
+
+    z: (M, K, D), logits: (M, K, K), of `embed`, not normalised.
+    Returns a dict: axis (K, M, D) of length 1, w (K,) = 1 / mean norm, v (K,) = 1 / mean logit of the true shift.
+    Where that mean is not positive (an untrained classifier), v is 0 and a warning is given, never a flipped sign.
+    """
+    true_logit = logits.diagonal(dim1=1, dim2=2).mean(0)                    # (K,)
+    if (true_logit <= 0).any():
+        warnings.warn("the shift classifier is untrained for some shifts: its part of the score is left out there")
+    return {"axis": F.normalize(z, dim=2).transpose(0, 1).contiguous(),     # (K, M, D)
+            "w": 1 / z.norm(dim=2).mean(0),                                 # (K,)
+            "v": torch.where(true_logit > 0, 1 / true_logit, 0.0)}          # (K,)
+
+
+def csi_parts(stats, z, logits, chunk=256):
+    """The score and its parts, all (Q,), higher = more anomalous: score = con + cls; cos is con without the norm.
+
+    con = -mean_k max_m <f_k, axis_mk> w_k (the nearest training image's cosine times the norm),
+    cls = -mean_k logit_k v_k, norm = -mean_k ||f_k|| w_k. DIA, arXiv:2302.14696, Eq. 10. `chunk` bounds the memory.
+    """
+    near = torch.cat([torch.bmm(f, stats["axis"].transpose(1, 2)).amax(2)               # (K, chunk)
+                      for f in z.transpose(0, 1).split(chunk, 1)], 1).T                 # (Q, K), cosine x norm
+    norm = z.norm(dim=2)                                                                # (Q, K)
+    con = -(near * stats["w"]).mean(1)
+    cls = -(logits.diagonal(dim1=1, dim2=2) * stats["v"]).mean(1)
+    return {"score": con + cls, "con": con, "cls": cls,
+            "cos": -(near / norm.clamp(min=1e-12)).mean(1), "norm": -(norm * stats["w"]).mean(1)}
+
+
+def csi_score(stats, z, logits):
+    """CSI's ensemble over shifts, (Q,), higher = more anomalous (CSI's own points the other way; turned in csi_parts)."""
+    return csi_parts(stats, z, logits)["score"]
+
+
+# =====================================================================================================================
+# Data
+# =====================================================================================================================
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+MEDMNIST_NORMAL = {"pneumoniamnist": 0, "breastmnist": 1, "octmnist": 3}    # MedMNIST's label of the healthy class
+TREE = "expected <data>/train/<normal>/*, <data>/test/<normal>/* and <data>/test/<anything else>/*"
+
+
+@dataclass
+class Data:
+    """A data set of normals to train on and a labelled test set. Images are uint8 (n, C, H, W), H = W.
+
+    C is 1 if every image of the split is grey, else 3. `held` are normals set aside, chosen by a hash of their names;
+    those with `calibration` True are never used for choosing anything. `fingerprint` tells the training images apart.
+    """
+    name: str
+    train: Tensor           # (M, C, H, W)
+    train_groups: list      # M names, "" where the set has none
+    held: Tensor            # (H, C, H, W)
+    calibration: Tensor     # (H,) bool
+    test: Tensor            # (Q, C', H, W)
+    labels: Tensor          # (Q,) int64, 1 = anomaly
+    groups: list            # Q names
+    paths: list             # Q names, relative to the data
+    fingerprint: str
+    defaults: dict          # shift, t_range, image_size
+
+
+@dataclass
+class Item:
+    """One image of a set: its relative name, label (1 = anomaly), group, and where its pixels are (path or array)."""
+    name: str
+    label: int
+    group: str
+    source: object
+
+
+def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.1, normal_class=None):
+    """Load `elpv`, an npz file in MedMNIST's format, or a folder in MVTec or ImageFolder layout. See the README.
+
+    image_size: pixels of the square that images are brought to; None for the set's own. Arrays of an npz file are
+    never enlarged. splits: only these are read. holdout: share of the training normals set aside. Exits with a
+    sentence when the data are not as expected. Decoded images are cached, and memory-mapped.
+    """
+    defaults = {"shift": "rotate", "t_range": (30, 130), "image_size": 224}
+    path = Path(data).expanduser()
+    if data == "elpv":
+        items, defaults["shift"] = _elpv_items(), "perm"
+    elif path.suffix == ".npz":
+        items = _npz_items(path, splits, normal_class)
+        native = min(items[splits[0]][0].source.shape[:2])
+        defaults["image_size"] = min(native, 224)
+        image_size = min(image_size or 224, native)
+    elif path.is_dir():
+        items = _folder_items(path, splits, normal_class)
+    else:
+        raise SystemExit(f"--data {data}: no such folder or npz file, and the only set known by name is elpv.")
+    size = image_size or defaults["image_size"]
+
+    images, calibration, empty = {}, torch.zeros(0, dtype=torch.bool), torch.zeros(0, 1, size, size, dtype=torch.uint8)
+    if "train" in splits:
+        items["train"].sort(key=lambda item: _hash(item.name))              # the held-out ones come first:
+        images["train"] = _pixels(items["train"], size)                     # both parts stay slices of one file
+        n_held = sum(_hash(item.name) >> 1 < holdout * 2 ** 63 for item in items["train"])
+        calibration = torch.tensor([bool(_hash(item.name) & 1) for item in items["train"][:n_held]])
+        if n_held == len(items["train"]):
+            raise SystemExit(f"--data {data}: {n_held} training images with --holdout {holdout} leave none to train on.")
+    else:
+        items["train"], n_held = [], 0
+    if "test" in splits:
+        images["test"] = _pixels(items["test"], size)
+    train, test = items["train"][n_held:], items.get("test", [])
+    sizes = [(i.name, zlib.crc32(i.source.tobytes()) if isinstance(i.source, np.ndarray) else os.stat(i.source).st_size)
+             for i in train]
+    every = images.get("train", empty)
+    return Data(name=path.stem if data != "elpv" else "elpv", train=every[n_held:],
+                train_groups=[i.group for i in train], held=every[:n_held], calibration=calibration,
+                test=images.get("test", empty), labels=torch.tensor([i.label for i in test], dtype=torch.int64),
+                groups=[i.group for i in test], paths=[i.name for i in test],
+                fingerprint=hashlib.sha256(json.dumps(sizes).encode()).hexdigest(), defaults=defaults)
+
+
+def _hash(name):
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def _elpv_items():
+    """ELPV: normal = defect probability 0, anomaly = probability 1; 75/25 split of the sorted normals, seed 42."""
+    try:
+        import elpv_dataset
+    except ImportError:
+        raise SystemExit("--data elpv needs the package elpv-dataset: pip install elpv-dataset") from None
+    from sklearn.model_selection import train_test_split
+    root = Path(elpv_dataset.__file__).parent / "data"
+    rows = [line.split() for line in (root / "labels.csv").read_text().splitlines()]
+    items = [Item(name, int(float(p) == 1), group, root / name)
+             for name, p, group in sorted(rows) if float(p) in (0, 1)]
+    train, test = train_test_split([i for i in items if i.label == 0], test_size=0.25, random_state=42)
+    return {"train": train, "test": sorted(test + [i for i in items if i.label == 1], key=lambda i: i.name)}
+
+
+def _npz_items(path, splits, normal_class):
+    """MedMNIST's format: train_images, train_labels, test_images, test_labels; (n, H, W) or (n, H, W, 3) uint8."""
+    known = [c for name, c in MEDMNIST_NORMAL.items() if path.stem.startswith(name)]
+    if normal_class is None and not known:
+        raise SystemExit(f"{path}: say which label is normal, for example --normal-class 0.")
+    try:
+        normal = int(known[0] if normal_class is None else normal_class)
+    except ValueError:
+        raise SystemExit(f"--normal-class {normal_class}: the labels of an npz file are integers.") from None
+    try:
+        with np.load(path) as file:
+            missing = [f"{s}_{what}" for s in splits for what in ("images", "labels") if f"{s}_{what}" not in file]
+            if missing:
+                raise SystemExit(f"{path}: no {', '.join(missing)}; found {', '.join(file) or 'nothing'}. "
+                                 "MedMNIST's format has train_images, train_labels, test_images, test_labels.")
+            arrays = {s: (file[f"{s}_images"], file[f"{s}_labels"]) for s in splits}
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: no such file.") from None
+    except (OSError, ValueError, EOFError, zlib.error, __import__("zipfile").BadZipFile):
+        raise SystemExit(f"{path} is not a readable npz file: it may be truncated; fetch it again.") from None
+    items = {}
+    for split, (images, labels) in arrays.items():
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+            raise SystemExit(f"{path}: {split}_images is {images.dtype} {images.shape}; "
+                             "needed are 2-D images, uint8, (n, H, W) or (n, H, W, 3).")
+        labels = labels.reshape(len(labels), -1)
+        if labels.shape[1] != 1 or len(labels) != len(images):
+            raise SystemExit(f"{path}: {split}_labels has shape {labels.shape}; needed is one label for each image.")
+        items[split] = [Item(f"{split}/{i:06d}", int(label != normal), f"{int(label)}", image)
+                        for i, (image, label) in enumerate(zip(images, labels[:, 0], strict=True))
+                        if split == "test" or label == normal]
+        if not items[split]:
+            raise SystemExit(f"{path}: no {split} image has the normal label {normal}; "
+                             f"labels found: {', '.join(map(str, np.unique(labels)))}.")
+    return items
+
+
+def _folder_items(root, splits, normal_class):
+    """MVTec or ImageFolder layout: train/<normal>, test/<normal>, test/<anything else>; nested folders are walked."""
+    def below(folder):
+        return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) \
+            if folder.is_dir() else []
+
+    train = root / "train"
+    if not train.is_dir():
+        raise SystemExit(f"{root}: no folder train; {TREE}; found {', '.join(below(root)) or 'no folder'}.")
+    classes = [c for c in below(train) if _walk(train / c)]
+    usual = [c for c in classes if re.sub(r"^\d+[_-]?", "", c).lower() in ("good", "normal")]
+    candidates = [c for c in classes if c == normal_class] if normal_class else \
+        (classes if len(classes) == 1 else usual)
+    if len(candidates) != 1:
+        raise SystemExit(f"{train}: {'no' if not candidates else 'several'} candidates for the normal class; "
+                         f"{TREE}; found {', '.join(classes) or 'no folder with images'}. "
+                         "Name it with --normal-class.")
+    normal = candidates[0]
+    items = {}
+    if "train" in splits:
+        items["train"] = [Item(f.relative_to(root).as_posix(), 0, "", f) for f in _walk(train / normal)]
+    if "test" in splits:
+        test = root / "test"
+        items["test"] = [Item(f.relative_to(root).as_posix(), int(c != normal), c, f)
+                         for c in below(test) for f in _walk(test / c)]
+        if not items["test"]:
+            raise SystemExit(f"{test}: no test images; {TREE}; found {', '.join(below(root))}.")
+    return items
+
+
+def _walk(folder, above=()):
+    """All images below a folder, sorted by name; links are followed, a link back to a folder above is not."""
+    real = folder.resolve()
+    if real in above:
+        return []
+    files = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            files += _walk(path, (*above, real))
+        elif path.suffix.lower() in SUFFIXES:
+            files.append(path)
+    return files
+
+
+def _decode(source, size):
+    """One image -> (3, size, size) uint8. Bilinear with antialiasing to a square; 16-bit grey by its full range."""
+    # choice: the aspect is not kept (as in the released code), transparency is dropped
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source)
+    else:
+        try:
+            image = ImageOps.exif_transpose(Image.open(source))
+            if image.mode.startswith("I"):                                  # 16-bit grey
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise SystemExit(f"{source} cannot be read as an image ({error}): repair or remove it.") from None
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _pixels(items, size):
+    """The images of a split as one uint8 tensor (n, C, size, size), decoded once, then memory-mapped from the cache."""
+    def stamp(source):
+        if isinstance(source, np.ndarray):
+            return zlib.crc32(source.tobytes())
+        stat = os.stat(source)
+        return str(source), stat.st_size, stat.st_mtime_ns
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dia"
+    key = hashlib.sha256(json.dumps([size, [(i.name, stamp(i.source)) for i in items]]).encode()).hexdigest()[:32]
+    path = cache / f"{key}.npy"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch, ThreadPoolExecutor() as pool:
+            rgb = np.lib.format.open_memmap(f"{scratch}/rgb.npy", "w+", np.uint8, (len(items), 3, size, size))
+            grey = True
+            decoded = pool.map(lambda item: _decode(item.source, size), items)
+            for i, pixels in enumerate(tqdm(decoded, "decoding", len(items), unit="image", disable=None, leave=False)):
+                rgb[i] = pixels
+                grey = grey and (pixels[0] == pixels[1]).all() and (pixels[0] == pixels[2]).all()
+            if grey:
+                one = np.lib.format.open_memmap(f"{scratch}/grey.npy", "w+", np.uint8, (len(items), 1, size, size))
+                for i in range(len(items)):
+                    one[i, 0] = rgb[i, 0]
+                one.flush()
+            rgb.flush()
+            os.replace(f"{scratch}/{'grey' if grey else 'rgb'}.npy", path)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))                   # copy on write: the file stays as it is
+
+
+def to_float(images, channels, device):
+    """uint8 (n, C', H, W) -> float (n, channels, H, W) in [0, 1] on the device; grey <-> RGB as needed."""
+    x = images.to(device).float() / 255
+    if x.shape[1] < channels:
+        return x.expand(-1, channels, -1, -1)
+    if x.shape[1] > channels:
+        return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synthetic defects
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def synthetic_defects(images, kind, generator):
+    """Copies of normal images with one defect each, to choose settings by, without any real anomaly.
+
+    images: (n, C, H, W) uint8.  kind: "line", a dark thin polyline (a crack), or "patch", a piece of the image pasted
+    elsewhere (CutPaste, Li et al. 2021, arXiv:2104.04015).  Returns uint8, like images. Draws on the CPU.
+    """
+    n, _, H, W = images.shape
+
+    def uniform(low, high, *shape):
+        return torch.rand(*shape, generator=generator) * (high - low) + low
+
+    if kind == "line":
+        yx = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"), -1) / H       # (H, W, 2)
+        points, angle = [uniform(0.2, 0.8, n, 2)], uniform(0, 2 * math.pi, n)
+        for _ in range(3):
+            angle = angle + uniform(-0.7, 0.7, n)
+            points.append(points[-1] + torch.stack([angle.sin(), angle.cos()], 1) * uniform(0.08, 0.2, n, 1))
+        distance = torch.full((n, H, W), 9.0)
+        for a, b in zip(points, points[1:], strict=False):                  # distance to each of the three segments
+            ab, ap = (b - a)[:, None, None], yx - a[:, None, None]                                      # (n, H, W, 2)
+            along = ((ap * ab).sum(-1) / (ab * ab).sum(-1)).clamp(0, 1)
+            distance = torch.minimum(distance, (ap - along[..., None] * ab).norm(dim=-1))
+        width = uniform(0.01, 0.025, n, 1, 1)                               # half-width, share of the side
+        cover = ((width - distance) * H + 0.5).clamp(0, 1)                  # antialiased over one pixel
+        keep = 1 - cover * uniform(0.4, 0.8, n, 1, 1)
+        return (images * keep[:, None]).round().to(torch.uint8)
+    if kind == "patch":
+        out = images.clone()
+        for i in range(n):
+            area, aspect = uniform(0.02, 0.15, 1).item(), math.exp(uniform(math.log(0.3), -math.log(0.3), 1).item())
+            h, w = (max(1, min(side, round(side * (area * r) ** 0.5))) for side, r in ((H, aspect), (W, 1 / aspect)))
+            y, x, y2, x2 = (int(uniform(0, side - s + 1, 1).item()) for side, s in ((H, h), (W, w), (H, h), (W, w)))
+            piece = images[i, :, y:y + h, x:x + w] * uniform(0.9, 1.1, 1)
+            out[i, :, y2:y2 + h, x2:x2 + w] = piece.round().clamp(0, 255).to(torch.uint8)
+        return out
+    raise ValueError(f"defect {kind!r}: expected line or patch")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoint, seed, device, command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, kind, settings, state):
+    """Write {kind, settings, **state} whole or not at all: to a temporary name, synced, then renamed."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"kind": kind, "settings": {**settings, "format": 1}, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, kind, device):
+    """Read a checkpoint of save_checkpoint, without unpickling code. Exits if it is none, or another stage's."""
+    if not Path(path).is_file():
+        script = "train_diffusion.py" if kind == "diffusion" else "train_dia.py"
+        raise SystemExit(f"{path}: no such checkpoint. Run {script} with the same --data and --out first.")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True, mmap=False)
+        found, settings = state["kind"], state["settings"]
+    except Exception:                           # torch raises many types for files that are not checkpoints
+        raise SystemExit(f"{path} is not a checkpoint of this project, or is truncated: train this stage again.") from None
+    if found != kind:
+        raise SystemExit(f"{path} is a {found} checkpoint, a {kind} checkpoint is needed here.")
+    if settings.get("format") != 1:
+        raise SystemExit(f"{path} has format {settings.get('format')}, this version reads format 1.")
+    return state
+
+
+def step_generator(device, seed, stream, step):
+    """A torch.Generator that is a function of (seed, stream name, step) alone: what makes resume exact."""
+    entropy = (seed, zlib.crc32(stream.encode()), step)
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+
+def batch_indices(n, batch, seed, step):
+    """Indices (batch,) of a step: a fresh permutation of n images each epoch; the last partial batch is dropped."""
+    epoch, position = divmod(step, n // batch)
+    order = torch.randperm(n, generator=step_generator("cpu", seed, "epoch", epoch))
+    return order[position * batch:(position + 1) * batch]
+
+
+def pick_device(name):
+    """"auto" -> cuda, mps or cpu. Exits if CUDA is asked for and not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise SystemExit(f"--device {name}: this machine or this build of torch has no such device. "
+                         "Use --device cpu, or leave it out.") from None
+    return torch.device(name)
+
+
+def has_bfloat16(device):
+    """True where bfloat16 is computed in hardware, not emulated: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(device):
+    """Mixed precision for the networks' forward passes: bfloat16 where the hardware has it, else float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def shared_flags(parser):
+    """The flags that mean the same in every script."""
+    parser.add_argument("--data", default="elpv", help="elpv, a folder, or an npz file (default: elpv)")
+    parser.add_argument("--normal-class", help="name (folder) or label (npz) of the normal class, where it can't be told")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+
+
+def training_flags(parser):
+    """The flags of both training scripts."""
+    shared_flags(parser)
+    parser.add_argument("--out", help="the run's folder (default: runs/<data>, and -s<seed> for a seed above 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and draws (default: 0)")
+    parser.add_argument("--holdout", type=float, default=0.1, help="share of the normals set aside (default: 0.1)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
+    parser.add_argument("--quick", action="store_true", help="settings for minutes on a CPU, listed in the README")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="torch.compile (default: on CUDA; takes minutes to start on a CPU)")
+
+
+def parse_training(parser, kind, quick, argv=None):
+    """Parse the command line of a training script: flags > (--resume) the checkpoint's settings > (--quick) > defaults.
+
+    Returns args (with .out a Path) and the checkpoint to resume from, or None. Exits when OUT holds a checkpoint of
+    this stage and --resume is not given, or there is nothing to resume, or a flag contradicts the run to resume.
+    """
+    first = parser.parse_args(argv)
+    stem = first.data if first.data == "elpv" else Path(first.data).expanduser().resolve().stem
+    out = Path(first.out or f"runs/{stem}" + (f"-s{first.seed}" if first.seed else ""))
+    path, state = out / f"{kind}.pt", None
+    free = {"out", "resume", "quick", "device", "compile", "data", "diffusion"}     # may differ when a run is resumed
+    if first.resume:
+        if not path.exists():
+            raise SystemExit(f"--resume: {path} does not exist, so there is nothing to resume. Leave --resume out.")
+        state = load_checkpoint(path, kind, "cpu")
+        saved = {k: v for k, v in state["settings"].items() if k in vars(first)}
+        parser.set_defaults(**saved)
+    elif path.exists():
+        raise SystemExit(f"{path} exists. Go on with --resume, or choose another folder with --out.")
+    elif first.quick:
+        parser.set_defaults(**quick)
+    args = parser.parse_args(argv)
+    if state:
+        for name in set(saved) - free:
+            if getattr(args, name) != saved[name]:
+                raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {out} was started with "
+                                 f"{saved[name]}. Leave the flag out, or choose another folder with --out.")
+    if args.seed < 0:
+        raise SystemExit(f"--seed {args.seed}: needs a number from 0 on.")
+    if not 0 <= args.holdout < 1:
+        raise SystemExit(f"--holdout {args.holdout}: needs a share from 0 to below 1.")
+    if args.steps is not None and args.steps < 1:
+        raise SystemExit(f"--steps {args.steps}: needs at least 1.")
+    args.out = out
+    return args, state
+
+
+def check_batch(batch_size, n):
+    """Exit unless a batch fits into the training set."""
+    if not 1 <= batch_size <= n:
+        raise SystemExit(f"--batch-size {batch_size}: there are {n} training images; it must be from 1 to {n}.")
+
+
+class Log:
+    """OUT/log.jsonl: one JSON object a line. Rows of this stage after `step` (the checkpoint's) are cut at the start."""
+
+    def __init__(self, out, stage, step):
+        self.path, self.stage = Path(out) / "log.jsonl", stage
+        rows = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [r for r in rows if json.loads(r)["stage"] != stage or json.loads(r)["step"] <= step]
+        if kept != rows:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{r}\n" for r in kept))
+            os.replace(temporary, self.path)
+
+    def __call__(self, step, **values):
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        tqdm.write(f"step {step}  {shown}")
+
+
+def check_loss(values, done, lr):
+    """Exit if one of the losses of the last len(values) steps is not finite; `done` is the number of steps so far."""
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise SystemExit(f"the loss is {value} at step {done - len(values) + i + 1} (learning rate {lr:.3g}); last finite "
+                             f"value {values[i - 1] if i else 'before the last report'}. Try a smaller --lr.")
+
+
+def report_time(step, steps, seconds, quick):
+    """Print once how long a run will take; name --quick if that is over 12 hours."""
+    total = seconds * (steps - step)
+    text = f"{total / 3600:.1f} hours" if total > 5400 else f"{total / 60:.1f} minutes"
+    hint = "; --quick takes minutes" if total > 12 * 3600 and not quick else ""
+    tqdm.write(f"estimated time: {text} ({seconds:.2f} s a step){hint}")
+
+
+def save_grid(path, rows, captions, scale=1, names=None):
+    """Write rows of images ((C, H, H) float in [0, 1], None for a gap) as one PNG, a caption a column, a name a row."""
+    H = max(image.shape[-1] for row in rows for image in row if image is not None)
+    blank = torch.ones(3, H, H)
+    tiles = [blank if image is None else image.expand(3, -1, -1).cpu() for row in rows for image in row]
+    tiles = F.interpolate(torch.stack(tiles), scale_factor=scale)
+    grid = make_grid(tiles, nrow=len(rows[0]), padding=2, pad_value=1)                      # (3, height, width)
+    pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    left = 160 if names else 0
+    picture = Image.new("RGB", (left + pixels.shape[1], 16 + pixels.shape[0]), "white")
+    picture.paste(Image.fromarray(pixels), (left, 16))
+    draw = ImageDraw.Draw(picture)
+    for i, caption in enumerate(captions):
+        draw.text((left + 4 + i * (H * scale + 2), 2), caption, fill="black")
+    for i, name in enumerate(names or []):
+        draw.text((4, 16 + i * (H * scale + 2) + H * scale // 2 - 6), name, fill="black")
+    picture.save(f"{path}.tmp", format="PNG")
+    os.replace(f"{path}.tmp", path)
+
+
+def run(main):
+    """Call main(); end a Ctrl-C and errors of the file system with one sentence, not a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; a training run goes on from its last checkpoint with --resume.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"{error}. Nothing that was written before is lost.")

@@ -1,0 +1,195 @@
+"""Stage 3: score the test images of one or several runs (DIA Sec. 3.3, CSI's score). Higher means more anomalous.
+
+    python evaluate.py                                                       # runs/elpv
+    python evaluate.py --out runs/elpv runs/elpv-s1 runs/elpv-s2             # each run, and mean +- sd
+
+Writes into each run's folder scores.csv (path, group, label, score), metrics.json, examples.png and stats.pt (what
+the score needs of the training images). The last line on stdout is `auroc 0.xxxx`, the mean over the runs.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap, mannwhitneyu
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from dia_lib import (
+    Encoder, K, UNet, alpha_bar, csi_fit, csi_parts, csi_score, dissolve_view, embed, fit_to, load_checkpoint,
+    load_data, pick_device, run, save_checkpoint, save_grid, shared_flags, to_float,
+)
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared_flags(parser)
+    parser.set_defaults(data=None)
+    parser.add_argument("--out", nargs="+", default=["runs/elpv"], metavar="RUN", help="folders of runs (default: runs/elpv)")
+    parser.add_argument("--passes", type=int, default=10, help="test-time passes averaged (default: 10)")
+    parser.add_argument("--batch-size", type=int, default=96, help="images a step, before shifts (default: 96)")
+    args = parser.parse_args(argv)
+    if args.passes < 1 or args.batch_size < 1:
+        raise SystemExit("--passes and --batch-size need at least 1.")
+    return args
+
+
+def auroc_interval(labels, scores):
+    """AUROC and its 95% interval: percentile bootstrap over normals and anomalies apart, 2,000 resamples."""
+    def auroc(anomalies, normals, axis):
+        return mannwhitneyu(anomalies, normals, axis=axis).statistic / (anomalies.shape[axis] * normals.shape[axis])
+
+    result = bootstrap((scores[labels == 1], scores[labels == 0]), auroc, n_resamples=2000, batch=100,
+                       method="percentile", rng=np.random.default_rng(0))
+    return float(roc_auc_score(labels, scores)), [float(v) for v in result.confidence_interval]
+
+
+def within_groups(labels, scores, groups):
+    """AUROC of each group's anomalies against the same group's normals, for groups that hold both; {name: AUROC}."""
+    groups = np.array(groups)
+    return {g: float(roc_auc_score(labels[groups == g], scores[groups == g])) for g in sorted(set(groups))
+            if len(set(labels[groups == g])) == 2}
+
+
+def floors(data, encoder, shift, device, batch):
+    """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
+    labels = data.labels.numpy()
+    test, train = ([to_float(c, 1, device) for c in images.split(256)] for images in (data.test, data.train))
+    dark = -torch.cat([c.mean((1, 2, 3)) for c in test])
+
+    def pixels(chunks):                                                     # (n, 1024), each divided by its mean
+        flat = torch.cat([fit_to(c, 32).flatten(1) for c in chunks])
+        return flat / flat.mean(1, keepdim=True).clamp(min=1e-6)
+
+    bank = pixels(train)
+    nearest = torch.cat([torch.cdist(q, bank).amin(1) for q in pixels(test).split(256)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                     # untrained: that is the point
+        stats = csi_fit(*embed(encoder, data.train, shift, 1, device, batch))
+        untrained = csi_score(stats, *embed(encoder, data.test, shift, 1, device, batch))
+    return {name: float(roc_auc_score(labels, score.cpu().numpy())) for name, score in
+            [("minus mean brightness", dark), ("nearest neighbour on 32 px pixels", nearest), ("encoder untrained", untrained)]}
+
+
+def examples(path, data, score, settings, out, device):
+    """Most and least anomalous test images of each label; beside each its dissolved version and their difference."""
+    mode, unet, abar, t = settings["dissolve"], None, None, None
+    if mode in ("diffusion", "residual"):
+        if (out / "diffusion.pt").exists():
+            state = load_checkpoint(out / "diffusion.pt", "diffusion", device)
+            unet = UNet(settings["channels"], state["settings"]["dim"]).to(device)
+            unet.load_state_dict(state["ema"])
+            abar = alpha_bar(state["settings"]["schedule"]).to(device)
+            t = torch.tensor([sum(settings["t_range"]) // 2], device=device)
+        else:
+            mode = "none"
+            print(f"{out}/diffusion.pt is not there: examples.png shows no dissolved images")
+    rows, order = [], score.argsort(descending=True)
+    for label in (1, 0):
+        ranked = order[data.labels[order] == label]
+        for picked in (ranked[:4], ranked[-4:]):
+            row = []
+            for i in picked.tolist():
+                x = to_float(data.test[i:i + 1], settings["channels"], device)
+                twin = x if mode in ("none", "copy") else dissolve_view(unet, x, t, abar, settings["dissolve_size"], mode)
+                row += [x[0]] if mode in ("none", "copy") else [x[0], twin[0], (4 * (x - twin).abs()).clamp(0, 1)[0]]
+            rows.append(row)
+    columns = 4 * (1 if mode in ("none", "copy") else 3)
+    rows = [row + [None] * (columns - len(row)) for row in rows]            # fewer than 4 images of a label
+    captions = ["image"] * 4 if columns == 4 else ["image", f"dissolved t={int(t)}" if t is not None else mode, "4 x |diff|"] * 4
+    names = ["anomalies, highest scores", "anomalies, lowest", "normals, highest", "normals, lowest"]
+    save_grid(path, rows, captions, scale=max(1, 96 // rows[0][0].shape[-1]), names=names)
+
+
+def evaluate(out, args, device):
+    """Score one run; write its files; return its metrics."""
+    begun = time.perf_counter()
+    state = load_checkpoint(out / "dia.pt", "dia", device)
+    s = state["settings"]
+    data = load_data(args.data or s["data"], s["image_size"], ("train", "test"), s["holdout"],
+                     args.normal_class or s["normal_class"])
+    if data.fingerprint != s["fingerprint"]:
+        raise SystemExit(f"{out}/dia.pt was trained on other images than --data {args.data or s['data']} has now.")
+    labels = data.labels.numpy()
+    if len(set(labels)) != 2:
+        raise SystemExit(f"{data.name}: all {len(labels)} test images are {'anomalies' if labels.all() else 'normal'}; "
+                         "an AUROC needs both normal and anomalous test images.")
+    torch.manual_seed(s["seed"])
+    untrained = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
+    encoder = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
+    encoder.load_state_dict(state["encoder"])
+
+    print(f"{out}: {data.name}, {len(data.train)} training images, {len(labels)} test images ({labels.sum()} anomalies), "
+          f"dissolve {s['dissolve']}, seed {s['seed']}, step {state['step']} of {s['steps']}", flush=True)
+    key = hashlib.sha256((out / "dia.pt").read_bytes()).hexdigest()
+    stats = load_stats(out / "stats.pt", key, args.passes)
+    if stats is None:
+        stats = csi_fit(*embed(encoder, data.train, s["shift"], args.passes, device, args.batch_size, "training images"))
+        save_checkpoint(out / "stats.pt", "stats", {"key": key, "passes": args.passes}, stats)
+    parts = csi_parts(stats, *embed(encoder, data.test, s["shift"], args.passes, device, args.batch_size, "test images"))
+    scores = parts["score"].numpy()
+
+    auroc, interval = auroc_interval(labels, scores)
+    groups = within_groups(labels, scores, data.groups)
+    metrics = {
+        "auroc": auroc, "auroc_interval_95": interval, "average_precision": float(average_precision_score(labels, scores)),
+        "parts_auroc": {n: float(roc_auc_score(labels, p.numpy())) for n, p in parts.items() if n != "score"},
+        "within_group_auroc": groups, "within_group_mean": statistics.fmean(groups.values()) if groups else None,
+        "floors_auroc": floors(data, untrained, s["shift"], device, args.batch_size),
+        "normals": int((labels == 0).sum()), "anomalies": int(labels.sum()), "passes": args.passes, "step": state["step"],
+        "settings": s, "seconds": round(time.perf_counter() - begun, 1)}
+    write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
+    write(out / "scores.csv", lambda file: csv.writer(file).writerows(
+        [("path", "group", "label", "score"), *zip(data.paths, data.groups, labels, scores, strict=True)]))
+    examples(out / "examples.png", data, parts["score"], s, out, device)
+
+    print(f"  AUROC {auroc:.4f}  (95% interval {interval[0]:.3f} to {interval[1]:.3f})  "
+          f"average precision {metrics['average_precision']:.4f}")
+    print("  parts: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["parts_auroc"].items()))
+    if groups:
+        print("  within group: " + "  ".join(f"{n} {v:.3f}" for n, v in groups.items())
+              + f"  mean {metrics['within_group_mean']:.3f}")
+    for name, floor in metrics["floors_auroc"].items():
+        print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
+    print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s", flush=True)
+    return metrics
+
+
+def load_stats(path, key, passes):
+    """csi_fit's result of an earlier evaluation of the same checkpoint with the same passes, or None."""
+    if not path.exists():
+        return None
+    try:
+        state = load_checkpoint(path, "stats", "cpu")
+    except SystemExit:
+        return None                                                         # it is made again
+    return state if (state["settings"]["key"], state["settings"]["passes"]) == (key, passes) else None
+
+
+def write(path, writer):
+    """Write a text file whole or not at all."""
+    with open(f"{path}.tmp", "w", newline="") as file:
+        writer(file)
+    os.replace(f"{path}.tmp", path)
+
+
+def main():
+    args = arguments()
+    device = pick_device(args.device)
+    results = [evaluate(Path(out), args, device) for out in args.out]
+    values = [r["auroc"] for r in results]
+    if len(values) > 1:
+        print(f"{len(values)} runs: AUROC {', '.join(f'{v:.4f}' for v in values)}; mean {statistics.fmean(values):.4f} "
+              f"+- {statistics.stdev(values):.4f}")
+    print(f"auroc {statistics.fmean(values):.4f}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,235 @@
+"""Stage 2: train the encoder by contrasting images with their dissolved selves (DIA Sec. 3.2).
+
+    python train_dia.py --quick                                                     # ELPV, minutes on a CPU
+    python train_dia.py --data path/to/folder                                       # the paper's budget
+    python train_dia.py --quick --dissolve none --out runs/elpv-csi                 # the baseline, CSI
+    python train_dia.py --quick --dissolve residual --diffusion runs/elpv/diffusion.pt --out runs/elpv-residual
+
+Needs the diffusion.pt of train_diffusion.py. Writes OUT/dia.pt and OUT/log.jsonl.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from dia_lib import (
+    Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, contrastive_loss, csi_fit,
+    csi_score, dissolve_view, embed, has_bfloat16, load_checkpoint, load_data, make_views, parse_training, pick_device,
+    report_time, run, save_checkpoint, step_generator, synthetic_defects, to_float, training_flags,
+)
+
+QUICK = dict(image_size=64, steps=400, optimizer="adamw", lr=1e-3)
+MODES = ["diffusion", "residual", "gaussian", "median", "resize", "copy", "none"]
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training_flags(parser)
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1000 epochs of at most 201)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images a step, before shifts and views (default: 32)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: 224, an npz file's own if smaller)")
+    method = parser.add_argument_group("method")
+    method.add_argument("--diffusion", metavar="PATH", help="stage 1's checkpoint (default: OUT/diffusion.pt)")
+    method.add_argument("--dissolve", choices=MODES, default="diffusion",
+                        help="how the third view is made; none is CSI (default: diffusion)")
+    method.add_argument("--t-range", type=int, nargs=2, metavar=("A", "B"),
+                        help="diffusion steps t are drawn from [A, B) for each image (default: 30 130, Sec. 4.1)")
+    method.add_argument("--shift", choices=["rotate", "perm"], help="shifting transformation (default: rotate; elpv: perm)")
+    method.add_argument("--twins", choices=["negative", "excluded"], default="negative",
+                        help="an image's own dissolved view in the loss's denominator (default: negative)")
+    method.add_argument("--crop-min", type=float, default=0.08, help="smallest area of the resized crop (default: 0.08)")
+    method.add_argument("--optimizer", choices=["lars", "adamw"], default="lars", help="(default: lars, the paper's code)")
+    method.add_argument("--lr", type=float, default=1.0, help="highest learning rate (default: 1.0, for LARS)")
+    args, state = parse_training(parser, "dia", QUICK, argv)
+    if args.t_range and not 0 <= args.t_range[0] < args.t_range[1] <= 1000:
+        raise SystemExit(f"--t-range {args.t_range[0]} {args.t_range[1]}: needs 0 <= A < B <= 1000.")
+    if not 0 < args.crop_min <= 1:
+        raise SystemExit(f"--crop-min {args.crop_min}: needs a share above 0, up to 1.")
+    if args.image_size is not None and (args.image_size < 8 or args.image_size % 2):
+        raise SystemExit(f"--image-size {args.image_size}: needs an even number from 8 on.")
+    return args, state
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive SGD, You et al. 2017, arXiv:1708.03888, Eq. 6, as torchlars has it (the paper's optimizer).
+
+    Local rate = trust * |w| / (|g| + weight_decay * |w|), 1 where a norm is 0; then SGD with momentum.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            w_norms, g_norms = torch._foreach_norm(params), torch._foreach_norm(grads)
+            for p, g, w, n in zip(params, grads, w_norms, g_norms, strict=True):
+                local = group["trust"] * w / (n + group["weight_decay"] * w + 1e-8)
+                local = torch.where((w > 0) & (n > 0), local, 1.0)
+                update = (g + group["weight_decay"] * p) * local
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(update)
+                p.sub_(group["lr"] * buffer)
+
+
+def learning_rate(step, steps, peak, optimizer):
+    """Warm-up, then cosine to 0. LARS: from peak/10 over the first 1% of the steps; AdamW: from 0 over the first 10%."""
+    warm, low = (max(1, steps // 100), 0.1) if optimizer == "lars" else (max(1, steps // 10), 0.0)
+    if step < warm:
+        return peak * (low + (1 - low) * (step + 1) / warm)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+@torch.no_grad()
+def readable(z, logits, labels, views):
+    """Numbers of one batch that one can read: shift accuracy, and mean cosines. z: (V*N, D) view-major, N = K*B."""
+    N = len(z) // views
+    v = F.normalize(z.float(), dim=1).view(views, N, -1)                        # (V, N, D)
+    cross = (v[0] @ v[1].T).view(K, N // K, K, N // K)
+    same_shift = cross.diagonal(dim1=0, dim2=2)                                 # (B, B, K)
+    own = same_shift.diagonal(dim1=0, dim2=1)                                   # (K, B)
+    other = (same_shift.sum() - own.sum()) / max(1, same_shift.numel() - own.numel())
+    row = {"shift_acc": (logits.argmax(1) == labels).float().mean().item(), "sim_positive": own.mean().item(),
+           "sim_other": other.item()}
+    if views == 3:
+        row["sim_twin"] = (v[0] * v[2]).sum(1).mean().item()                    # an image and its dissolved self
+    return row
+
+
+def validate(encoder, train, held, shift, device):
+    """Label-free numbers on held-out normals: val_auroc against the same images with a synthetic defect, shift_acc_held.
+
+    train: (M, ...), held: (n, ...) uint8. val_auroc is the mean over the two kinds of defect. Draws nothing at random
+    that depends on the run, so that runs can be compared.
+    """
+    stats = csi_fit(*embed(encoder, train[:512], shift, 2, device))
+    z, logits = embed(encoder, held, shift, 2, device)
+    normal, row = csi_score(stats, z, logits), {}
+    for i, kind in enumerate(("line", "patch")):
+        generator = step_generator("cpu", 0, "synthetic defects", i)
+        defects = torch.cat([synthetic_defects(held, kind, generator) for _ in range(3)])
+        scores = torch.cat([normal, csi_score(stats, *embed(encoder, defects, shift, 2, device))])
+        row[f"val_{kind}"] = float(roc_auc_score([0] * len(held) + [1] * len(defects), scores))
+    correct = logits.argmax(2) == torch.arange(K)                               # (n, K)
+    return {"val_auroc": sum(row.values()) / 2, **row, "shift_acc_held": correct.float().mean().item()}
+
+
+def main():
+    args, state = arguments()
+    device = pick_device(args.device)
+    compiled = args.compile if args.compile is not None else device.type == "cuda"
+
+    # Data
+    data = load_data(args.data, args.image_size, ("train",), args.holdout, args.normal_class)
+    M, channels, size = len(data.train), data.train.shape[1], data.train.shape[-1]
+    check_batch(args.batch_size, M)
+    if args.image_size and args.image_size != size:
+        raise SystemExit(f"--image-size {args.image_size}: the images are {size} px and would only be enlarged; "
+                         f"use {size} or less.")
+    if size % 2:
+        raise SystemExit(f"--image-size {size}: the shifts need an even number; use {size - 1}.")
+    if state and state["settings"]["fingerprint"] != data.fingerprint:
+        raise SystemExit(f"--resume: {args.out}/dia.pt was trained on other images than --data {args.data} has now.")
+    args.image_size, args.shift = size, args.shift or data.defaults["shift"]
+    args.t_range = tuple(args.t_range or data.defaults["t_range"])
+    args.steps = args.steps or 1000 * min(M // args.batch_size, 201)            # the released code's epoch
+    stem, views = ("cifar" if size <= 32 else "imagenet"), (2 if args.dissolve == "none" else 3)
+    held = data.held[~data.calibration]                                         # the other half is never looked at
+
+    # Stage 1
+    unet = abar = None
+    dissolve_size = 32
+    if args.dissolve in ("diffusion", "residual"):
+        path = Path(args.diffusion) if args.diffusion else args.out / "diffusion.pt"
+        diffusion = load_checkpoint(path, "diffusion", device)
+        stage1 = diffusion["settings"]
+        if stage1["fingerprint"] != data.fingerprint:
+            raise SystemExit(f"{path} was trained on other images than these ({stage1['data']}, --holdout "
+                             f"{stage1['holdout']}): use the same --data and --holdout in both stages.")
+        if diffusion["step"] < stage1["steps"]:
+            print(f"note: {path} stopped at step {diffusion['step']} of {stage1['steps']}")
+        unet = UNet(channels, stage1["dim"]).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        unet.load_state_dict(diffusion["ema"])
+        abar, dissolve_size = alpha_bar(stage1["schedule"]).to(device), stage1["dissolve_size"]
+
+    # Model
+    torch.manual_seed(args.seed)
+    encoder = Encoder(channels, K, stem).to(device, memory_format=torch.channels_last)
+
+    # Optimizer
+    if args.optimizer == "lars":
+        optimizer = LARS(encoder.parameters(), args.lr)
+    else:
+        optimizer = torch.optim.AdamW(encoder.parameters(), args.lr, weight_decay=0.01, fused=True)
+
+    # Resume
+    start = 0
+    if state:
+        encoder.load_state_dict(state["encoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        if start == args.steps:
+            raise SystemExit(f"{args.out}/dia.pt has all its {args.steps} steps already; nothing to do.")
+    forward, third = encoder, unet
+    if compiled:
+        forward, third = torch.compile(encoder), unet and torch.compile(unet)
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = Log(args.out, "dia", start)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "quick", "diffusion")}
+    settings |= {"channels": channels, "stem": stem, "fingerprint": data.fingerprint, "dissolve_size": dissolve_size}
+    print(f"stage 2, {data.name}: {M} training and {len(held)} held-out normals, {channels} x {size} px; dissolve "
+          f"{args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), shift {args.shift}, twins {args.twins}; batch "
+          f"{args.batch_size} x {K} shifts x {views} views = {args.batch_size * K * views} rows, {args.steps} steps, "
+          f"{args.optimizer} lr {args.lr:g}, seed {args.seed}; {device}, "
+          f"{'bfloat16' if has_bfloat16(device) else 'float32'}, torch {torch.__version__}", flush=True)
+
+    # Train
+    labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)       # (V*K*B,)
+    report, every = max(1, min(100, args.steps // 20)), max(1, min(2000, args.steps // 4))
+    running, begun = [], time.perf_counter()
+    bar = tqdm(range(start, args.steps), "stage 2", args.steps, initial=start, unit="step", disable=None)
+    for step in bar:
+        generator = step_generator(device, args.seed, "dia", step)
+        x = to_float(data.train[batch_indices(M, args.batch_size, args.seed, step)], channels, device)  # (B, C, H, W)
+        t = torch.randint(*args.t_range, (len(x),), generator=generator, device=device)                 # (B,)
+        x = make_views(x, views, args.shift, (args.crop_min, 1.0), generator,
+                       lambda x3, t=t: dissolve_view(third, x3, t, abar, dissolve_size, args.dissolve))  # (V*K*B, C, H, W)
+        with autocast(device):
+            z, logits = forward(x)                                              # (V*K*B, D), (V*K*B, K)
+        contrast = contrastive_loss(z, views, twins=args.twins)
+        loss = contrast + F.cross_entropy(logits, labels)                       # DIA Eq. 9, gamma = 1
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.optimizer)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        running.append(torch.stack([loss.detach(), contrast.detach()]))
+
+        done = step + 1
+        if done == start + 3:
+            report_time(done, args.steps, (time.perf_counter() - begun) / 3, args.quick)
+        if done % report == 0 or done % every == 0 or done == args.steps:       # the only places that wait for the device
+            values = torch.stack(running).tolist()                              # (steps, 2)
+            check_loss([v[0] for v in values], done, optimizer.param_groups[0]["lr"])
+            row = readable(z, logits, labels, views)
+            bar.set_postfix(loss=f"{values[-1][0]:.3f}", shift_acc=f"{row['shift_acc']:.2f}")
+            if done % every == 0 or done == args.steps:
+                row |= validate(encoder, data.train, held, args.shift, device) if len(held) > 1 else {}
+            log(done, loss=sum(v[0] for v in values) / len(values), contrastive=sum(v[1] for v in values) / len(values),
+                **row, lr=optimizer.param_groups[0]["lr"], seconds=round(time.perf_counter() - begun, 1))
+            running = []
+        if done % every == 0 or done == args.steps:
+            save_checkpoint(args.out / "dia.pt", "dia", settings, {
+                "step": done, "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict()})
+    print(f"stage 2 done: {args.out}/dia.pt")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,180 @@
+"""Stage 1: train a small DDPM on the normal images. Its one-step reverse is what dissolves (DIA Sec. 3.1).
+
+    python train_diffusion.py --quick                        # ELPV, minutes on a CPU
+    python train_diffusion.py --data path/to/folder          # the paper's budget: 25,000 steps of 64 images
+
+Writes OUT/diffusion.pt (UNet, its EMA, optimizer), OUT/dissolving.png (the paper's Fig. 1) and OUT/log.jsonl.
+"""
+
+import argparse
+import time
+
+import torch
+from torch.nn.functional import l1_loss
+from tqdm import tqdm
+
+from dia_lib import (
+    Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, dissolve, fit_to, has_bfloat16, load_data,
+    parse_training, pick_device, q_sample, report_time, run, save_checkpoint, save_grid, step_generator, to_01,
+    to_float, to_pm1, training_flags,
+)
+
+QUICK = dict(dim=32, steps=600, batch_size=32, lr=4e-4)
+BINS = [(0, 30), (30, 130), (130, 300), (300, 1000)]        # of t, for the held-out loss
+ZERO = 0.798                                                # E|eps|, the L1 loss of predicting no noise at all
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training_flags(parser)
+    parser.add_argument("--steps", type=int, default=25000, help="optimizer steps (default: 25000)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a step (default: 64)")
+    parser.add_argument("--dissolve-size", type=int, default=32, help="image size in pixels (default: 32, Sec. 4.1)")
+    parser.add_argument("--dim", type=int, default=64, help="channels of the UNet's first stage (default: 64)")
+    parser.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="of the noise (default: cosine)")
+    parser.add_argument("--lr", type=float, default=8e-5, help="Adam's learning rate (default: 8e-5)")
+    parser.add_argument("--fraction", type=float, default=1.0, help="share of the training images used (Table 3; default: 1)")
+    args, state = parse_training(parser, "diffusion", QUICK, argv)
+    if args.dissolve_size < 8 or args.dissolve_size % 8:
+        raise SystemExit(f"--dissolve-size {args.dissolve_size}: the UNet halves the image three times; use a multiple of 8.")
+    if args.dim < 8 or args.dim % 8:
+        raise SystemExit(f"--dim {args.dim}: needs a multiple of 8, for group norm.")
+    if not 0 < args.fraction <= 1:
+        raise SystemExit(f"--fraction {args.fraction}: needs a share above 0, up to 1.")
+    return args, state
+
+
+@torch.no_grad()
+def held_out_losses(unet, held, abar):
+    """L1 loss at fixed noise and fixed t in each bin, 4 values of t an image. held: (n, C, H, W) in [-1, 1]."""
+    losses = []
+    for i, (low, high) in enumerate(BINS):
+        generator = step_generator("cpu", 0, "held-out noise", i)
+        total = 0.0
+        for _ in range(4):
+            t = torch.randint(low, high, (len(held),), generator=generator).to(held.device)
+            eps = torch.randn(held.shape, generator=generator).to(held.device)
+            for xb, tb, eb in zip(held.split(64), t.split(64), eps.split(64), strict=True):
+                with autocast(held.device):
+                    predicted = unet(q_sample(xb, tb, eb, abar), tb)
+                total += l1_loss(predicted.float(), eb, reduction="sum").item()
+        losses.append(total / (4 * held.numel()))
+    return losses
+
+
+def change(unet, x, abar):
+    """Grey levels (of 255) by which dissolving at t = 30, 50, ... 110 changes each image of x, (n,)."""
+    steps = [torch.full((len(x),), t, device=x.device) for t in range(30, 130, 20)]
+    return torch.stack([(dissolve(unet, x, t, abar) - x).abs().mean((1, 2, 3)) for t in steps]).mean(0) * 127.5
+
+
+def picture(path, unet, train, held, abar):
+    """Four training and four held-out images (rows), real and dissolved at t = 0, 50, 100, 200, 400 (columns)."""
+    rows = []
+    for x in torch.cat([train[:4], held[:4]]):
+        x = x[None]
+        times = [torch.tensor([t], device=x.device) for t in (0, 50, 100, 200, 400)]
+        rows.append([to_01(y)[0] for y in [x] + [dissolve(unet, x, t, abar) for t in times]])
+    save_grid(path, rows, ["real", "t = 0", "t = 50", "t = 100", "t = 200", "t = 400"], scale=3)
+
+
+def main():
+    args, state = arguments()
+    device = pick_device(args.device)
+    compiled = args.compile if args.compile is not None else device.type == "cuda"
+
+    # Data
+    data = load_data(args.data, args.dissolve_size, ("train",), args.holdout, args.normal_class)
+    channels = data.train.shape[1]
+    n = max(1, round(len(data.train) * args.fraction))
+    check_batch(args.batch_size, n)
+    if state and state["settings"]["fingerprint"] != data.fingerprint:
+        raise SystemExit(f"--resume: {args.out}/diffusion.pt was trained on other images than --data {args.data} has now.")
+
+    def prepare(images):
+        return to_pm1(fit_to(to_float(images, channels, device), args.dissolve_size))
+
+    train = data.train[:n].to(device)                                       # 32x32: the whole set fits on the device
+    held = prepare(data.held[~data.calibration])                            # the calibration half is never looked at
+
+    # Model
+    torch.manual_seed(args.seed)
+    unet = UNet(channels, args.dim).to(device, memory_format=torch.channels_last)
+    ema = UNet(channels, args.dim).to(device, memory_format=torch.channels_last).requires_grad_(False)
+    ema.load_state_dict(unet.state_dict())
+    abar = alpha_bar(args.schedule).to(device)
+
+    # Optimizer
+    optimizer = torch.optim.Adam(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
+
+    # Resume
+    start = 0
+    if state:
+        unet.load_state_dict(state["unet"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        if start == args.steps:
+            raise SystemExit(f"{args.out}/diffusion.pt has all its {args.steps} steps already; nothing to do.")
+    forward = torch.compile(unet) if compiled else unet
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = Log(args.out, "diffusion", start)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "quick")}
+    settings |= {"channels": channels, "fingerprint": data.fingerprint}
+    print(f"stage 1, {data.name}: {n} training and {len(held)} held-out normals, {channels} x {args.dissolve_size} px; "
+          f"UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters; batch {args.batch_size}, "
+          f"{args.steps} steps, lr {args.lr:g}, seed {args.seed}; {device}, "
+          f"{'bfloat16' if has_bfloat16(device) else 'float32'}, torch {torch.__version__}", flush=True)
+
+    # Train
+    every = max(1, min(2500, args.steps // 4))                              # steps between reports and checkpoints
+    running, begun = [], time.perf_counter()
+    bar = tqdm(range(start, args.steps), "stage 1", args.steps, initial=start, unit="step", disable=None)
+    for step in bar:
+        generator = step_generator(device, args.seed, "diffusion", step)
+        x0 = prepare(train[batch_indices(n, args.batch_size, args.seed, step).to(device)])      # (B, C, H, W)
+        flip = torch.rand(len(x0), 1, 1, 1, generator=generator, device=device) < 0.5
+        x0 = torch.where(flip, x0.flip(-1), x0)
+        t = torch.randint(0, len(abar), (len(x0),), generator=generator, device=device)         # (B,)
+        eps = torch.randn(x0.shape, generator=generator, device=device)
+        with autocast(device):
+            predicted = forward(q_sample(x0, t, eps, abar), t)
+        loss = l1_loss(predicted.float(), eps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(0.9995, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
+        running.append(loss.detach())
+
+        done = step + 1
+        if done == start + 3:
+            report_time(done, args.steps, (time.perf_counter() - begun) / 3, args.quick)
+        if done % 20 == 0 or done % every == 0 or done == args.steps:       # the only places that wait for the device
+            values = torch.stack(running).tolist()
+            check_loss(values, done, args.lr)
+            bar.set_postfix(loss=f"{values[-1]:.4f}")
+        if done % every == 0 or done == args.steps:
+            log(done, loss=sum(values) / len(values), seconds=round(time.perf_counter() - begun, 1), zero=ZERO,
+                **({f"held_t{a}-{b - 1}": v for (a, b), v in zip(BINS, held_out_losses(ema, held, abar), strict=True)}
+                   if len(held) else {}))
+            picture(args.out / "dissolving.png", ema, prepare(train[:4].cpu()), held, abar)
+            save_checkpoint(args.out / "diffusion.pt", "diffusion", settings, {
+                "step": done, "unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+            running = []
+
+    # Has it memorised its training images? Then it no longer dissolves them.
+    on_train = change(ema, prepare(train[:max(len(held), 32)].cpu()), abar)
+    on_held = change(ema, held, abar) if len(held) else on_train
+    noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt().item()
+    train_change, held_change = on_train.mean().item(), on_held.mean().item()
+    log(args.steps, change_train=train_change, change_held=held_change)
+    print(f"dissolving changes training images by {train_change:.2f} grey levels, held-out ones by {held_change:.2f}")
+    if train_change < held_change - 2 * noise:
+        print("it changes training images less: the model has begun to memorise them, so stage 1 is too long; "
+              "use fewer --steps")
+    print(f"stage 1 done: {args.out}/diffusion.pt, picture in {args.out}/dissolving.png")
+
+
+if __name__ == "__main__":
+    run(main)
