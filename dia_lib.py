@@ -15,6 +15,7 @@ each other, view 2 is the dissolved one. Anomaly scores: higher means more anoma
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import re
 import sys
 import tempfile
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -192,6 +194,13 @@ class UNet(nn.Module):
         return self.out(h)
 
 
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """Move the averaged weights towards the model's after optimizer step 0, 1, ...; decay min(0.9995, (1+i)/(10+i))."""
+    decay = min(0.9995, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Views: shift, augmentation, dissolved view
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,10 +274,12 @@ def jitter_hsv(x, hue, saturation, value):
     """Shift the hue (in turns), scale saturation and value. x: (n, 3, H, W) in [0, 1]; the others (n or 1, 1, 1, 1).
 
     HSV back to RGB by channel = v - v*s*max(0, min(k, 4 - k, 1)), k = (n + 6h) mod 6, n = 5, 3, 1 for R, G, B.
+    choice: the hue of the hexagon, whose inverse this is, where CSI's code takes the hue of the circle.
     """
     r, g, b = x.unbind(1)                                                       # (n, H, W) each
     v, low = x.amax(1), x.amin(1)
-    h = torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b) / (2 * math.pi)      # in turns
+    chroma = (v - low).clamp(min=1e-8)
+    h = torch.where(v == r, (g - b) / chroma, torch.where(v == g, (b - r) / chroma + 2, (r - g) / chroma + 4)) / 6   # in turns
     s = (v - low) / v.clamp(min=1e-8)
     h, s, v = h + hue[:, 0], (s * saturation[:, 0]).clamp(0, 1), (v * value[:, 0]).clamp(0, 1)
     k = (x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + 6 * h[:, None]) % 6   # (n, 3, H, W)
@@ -453,7 +464,8 @@ def csi_fit(z, logits):
     """
     true_logit = logits.diagonal(dim1=1, dim2=2).mean(0)                    # (K,)
     if (true_logit <= 0).any():
-        warnings.warn("the shift classifier is untrained for some shifts: its part of the score is left out there")
+        warnings.warn("the shift classifier knows nothing of some shifts yet: its part of the score is left out there",
+                      stacklevel=2)
     return {"axis": F.normalize(z, dim=2).transpose(0, 1).contiguous(),     # (K, M, D)
             "w": 1 / z.norm(dim=2).mean(0),                                 # (K,)
             "v": torch.where(true_logit > 0, 1 / true_logit, 0.0)}          # (K,)
@@ -590,17 +602,18 @@ def _npz_items(path, splits, normal_class):
         normal = int(known[0] if normal_class is None else normal_class)
     except ValueError:
         raise SystemExit(f"--normal-class {normal_class}: the labels of an npz file are integers.") from None
+    if not path.is_file():
+        raise SystemExit(f"--data {path}: no such file.")
     try:
+        zipfile.ZipFile(path).close()
         with np.load(path) as file:
             missing = [f"{s}_{what}" for s in splits for what in ("images", "labels") if f"{s}_{what}" not in file]
             if missing:
                 raise SystemExit(f"{path}: no {', '.join(missing)}; found {', '.join(file) or 'nothing'}. "
                                  "MedMNIST's format has train_images, train_labels, test_images, test_labels.")
             arrays = {s: (file[f"{s}_images"], file[f"{s}_labels"]) for s in splits}
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file.") from None
-    except (OSError, ValueError, EOFError, zlib.error, __import__("zipfile").BadZipFile):
-        raise SystemExit(f"{path} is not a readable npz file: it may be truncated; fetch it again.") from None
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile):
+        raise SystemExit(f"{path} is not a readable npz file; it may be truncated: fetch it again.") from None
     items = {}
     for split, (images, labels) in arrays.items():
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
@@ -746,7 +759,7 @@ def synthetic_defects(images, kind, generator):
             angle = angle + uniform(-0.7, 0.7, n)
             points.append(points[-1] + torch.stack([angle.sin(), angle.cos()], 1) * uniform(0.08, 0.2, n, 1))
         distance = torch.full((n, H, W), 9.0)
-        for a, b in zip(points, points[1:], strict=False):                  # distance to each of the three segments
+        for a, b in itertools.pairwise(points):                             # distance to each of the three segments
             ab, ap = (b - a)[:, None, None], yx - a[:, None, None]                                      # (n, H, W, 2)
             along = ((ap * ab).sum(-1) / (ab * ab).sum(-1)).clamp(0, 1)
             distance = torch.minimum(distance, (ap - along[..., None] * ab).norm(dim=-1))
@@ -774,11 +787,14 @@ def synthetic_defects(images, kind, generator):
 def save_checkpoint(path, kind, settings, state):
     """Write {kind, settings, **state} whole or not at all: to a temporary name, synced, then renamed."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"kind": kind, "settings": {**settings, "format": 1}, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"kind": kind, "settings": {**settings, "format": 1}, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, kind, device):
@@ -855,6 +871,11 @@ def training_flags(parser):
                         help="torch.compile (default: on CUDA; takes minutes to start on a CPU)")
 
 
+def run_folder(data):
+    """The default --out of a data set."""
+    return f"runs/{Path(data).expanduser().resolve().stem}"
+
+
 def parse_training(parser, kind, quick, argv=None):
     """Parse the command line of a training script: flags > (--resume) the checkpoint's settings > (--quick) > defaults.
 
@@ -862,8 +883,7 @@ def parse_training(parser, kind, quick, argv=None):
     this stage and --resume is not given, or there is nothing to resume, or a flag contradicts the run to resume.
     """
     first = parser.parse_args(argv)
-    stem = first.data if first.data == "elpv" else Path(first.data).expanduser().resolve().stem
-    out = Path(first.out or f"runs/{stem}" + (f"-s{first.seed}" if first.seed else ""))
+    out = Path(first.out or run_folder(first.data) + (f"-s{first.seed}" if first.seed else ""))
     path, state = out / f"{kind}.pt", None
     free = {"out", "resume", "quick", "device", "compile", "data", "diffusion"}     # may differ when a run is resumed
     if first.resume:
@@ -921,8 +941,8 @@ def check_loss(values, done, lr):
     """Exit if one of the losses of the last len(values) steps is not finite; `done` is the number of steps so far."""
     for i, value in enumerate(values):
         if not math.isfinite(value):
-            raise SystemExit(f"the loss is {value} at step {done - len(values) + i + 1} (learning rate {lr:.3g}); last finite "
-                             f"value {values[i - 1] if i else 'before the last report'}. Try a smaller --lr.")
+            raise SystemExit(f"the loss is {value} at step {done - len(values) + i + 1} (learning rate {lr:.3g}); last "
+                             f"finite value {values[i - 1] if i else 'before the last report'}. Try a smaller --lr.")
 
 
 def report_time(step, steps, seconds, quick):
@@ -955,6 +975,7 @@ def save_grid(path, rows, captions, scale=1, names=None):
 
 def run(main):
     """Call main(); end a Ctrl-C and errors of the file system with one sentence, not a traceback."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main()
     except KeyboardInterrupt:

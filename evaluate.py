@@ -24,7 +24,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_lib import (
     Encoder, K, UNet, alpha_bar, csi_fit, csi_parts, csi_score, dissolve_view, embed, fit_to, load_checkpoint,
-    load_data, pick_device, run, save_checkpoint, save_grid, shared_flags, to_float,
+    load_data, pick_device, run, run_folder, save_checkpoint, save_grid, shared_flags, to_float,
 )
 
 
@@ -32,10 +32,11 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_flags(parser)
     parser.set_defaults(data=None)
-    parser.add_argument("--out", nargs="+", default=["runs/elpv"], metavar="RUN", help="folders of runs (default: runs/elpv)")
+    parser.add_argument("--out", nargs="+", metavar="RUN", help="folders of runs (default: runs/<data>)")
     parser.add_argument("--passes", type=int, default=10, help="test-time passes averaged (default: 10)")
     parser.add_argument("--batch-size", type=int, default=96, help="images a step, before shifts (default: 96)")
     args = parser.parse_args(argv)
+    args.out = args.out or [run_folder(args.data or "elpv")]
     if args.passes < 1 or args.batch_size < 1:
         raise SystemExit("--passes and --batch-size need at least 1.")
     return args
@@ -74,8 +75,8 @@ def floors(data, encoder, shift, device, batch):
         warnings.simplefilter("ignore")                                     # untrained: that is the point
         stats = csi_fit(*embed(encoder, data.train, shift, 1, device, batch))
         untrained = csi_score(stats, *embed(encoder, data.test, shift, 1, device, batch))
-    return {name: float(roc_auc_score(labels, score.cpu().numpy())) for name, score in
-            [("minus mean brightness", dark), ("nearest neighbour on 32 px pixels", nearest), ("encoder untrained", untrained)]}
+    scores = {"minus mean brightness": dark, "nearest neighbour on 32 px pixels": nearest, "encoder untrained": untrained}
+    return {name: float(roc_auc_score(labels, score.cpu().numpy())) for name, score in scores.items()}
 
 
 def examples(path, data, score, settings, out, device):
@@ -103,9 +104,10 @@ def examples(path, data, score, settings, out, device):
             rows.append(row)
     columns = 4 * (1 if mode in ("none", "copy") else 3)
     rows = [row + [None] * (columns - len(row)) for row in rows]            # fewer than 4 images of a label
-    captions = ["image"] * 4 if columns == 4 else ["image", f"dissolved t={int(t)}" if t is not None else mode, "4 x |diff|"] * 4
+    twin_name = mode if t is None else f"t = {int(t)}"
+    captions = ["image"] * 4 if columns == 4 else ["image", f"{twin_name}", "4 x |diff|"] * 4
     names = ["anomalies, highest scores", "anomalies, lowest", "normals, highest", "normals, lowest"]
-    save_grid(path, rows, captions, scale=max(1, 96 // rows[0][0].shape[-1]), names=names)
+    save_grid(path, rows, captions, scale=max(1, 128 // rows[0][0].shape[-1]), names=names)
 
 
 def evaluate(out, args, device):

@@ -139,7 +139,7 @@ def main():
     if state and state["settings"]["fingerprint"] != data.fingerprint:
         raise SystemExit(f"--resume: {args.out}/dia.pt was trained on other images than --data {args.data} has now.")
     args.image_size, args.shift = size, args.shift or data.defaults["shift"]
-    args.t_range = tuple(args.t_range or data.defaults["t_range"])
+    args.t_range = list(args.t_range or data.defaults["t_range"])
     args.steps = args.steps or 1000 * min(M // args.batch_size, 201)            # the released code's epoch
     stem, views = ("cifar" if size <= 32 else "imagenet"), (2 if args.dissolve == "none" else 3)
     held = data.held[~data.calibration]                                         # the other half is never looked at
@@ -195,7 +195,8 @@ def main():
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)       # (V*K*B,)
     report, every = max(1, min(100, args.steps // 20)), max(1, min(2000, args.steps // 4))
     running, begun = [], time.perf_counter()
-    bar = tqdm(range(start, args.steps), "stage 2", args.steps, initial=start, unit="step", disable=None)
+    bar = tqdm(range(start, args.steps), "stage 2", args.steps, initial=start, unit="image",
+               unit_scale=args.batch_size, disable=None)
     for step in bar:
         generator = step_generator(device, args.seed, "dia", step)
         x = to_float(data.train[batch_indices(M, args.batch_size, args.seed, step)], channels, device)  # (B, C, H, W)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dia_lib import (
     Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, dissolve, fit_to, has_bfloat16, load_data,
     parse_training, pick_device, q_sample, report_time, run, save_checkpoint, save_grid, step_generator, to_01,
-    to_float, to_pm1, training_flags,
+    to_float, to_pm1, training_flags, update_ema,
 )
 
 QUICK = dict(dim=32, steps=600, batch_size=32, lr=4e-4)
@@ -31,12 +31,12 @@ def arguments(argv=None):
     parser.add_argument("--batch-size", type=int, default=64, help="images a step (default: 64)")
     parser.add_argument("--dissolve-size", type=int, default=32, help="image size in pixels (default: 32, Sec. 4.1)")
     parser.add_argument("--dim", type=int, default=64, help="channels of the UNet's first stage (default: 64)")
-    parser.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="of the noise (default: cosine)")
+    parser.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="noise (default: cosine)")
     parser.add_argument("--lr", type=float, default=8e-5, help="Adam's learning rate (default: 8e-5)")
-    parser.add_argument("--fraction", type=float, default=1.0, help="share of the training images used (Table 3; default: 1)")
+    parser.add_argument("--fraction", type=float, default=1.0, help="share of the normals used (Table 3; default: 1)")
     args, state = parse_training(parser, "diffusion", QUICK, argv)
     if args.dissolve_size < 8 or args.dissolve_size % 8:
-        raise SystemExit(f"--dissolve-size {args.dissolve_size}: the UNet halves the image three times; use a multiple of 8.")
+        raise SystemExit(f"--dissolve-size {args.dissolve_size}: the UNet needs a multiple of 8 (it halves 3 times).")
     if args.dim < 8 or args.dim % 8:
         raise SystemExit(f"--dim {args.dim}: needs a multiple of 8, for group norm.")
     if not 0 < args.fraction <= 1:
@@ -129,7 +129,8 @@ def main():
     # Train
     every = max(1, min(2500, args.steps // 4))                              # steps between reports and checkpoints
     running, begun = [], time.perf_counter()
-    bar = tqdm(range(start, args.steps), "stage 1", args.steps, initial=start, unit="step", disable=None)
+    bar = tqdm(range(start, args.steps), "stage 1", args.steps, initial=start, unit="image",
+               unit_scale=args.batch_size, disable=None)
     for step in bar:
         generator = step_generator(device, args.seed, "diffusion", step)
         x0 = prepare(train[batch_indices(n, args.batch_size, args.seed, step).to(device)])      # (B, C, H, W)
@@ -143,8 +144,7 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        decay = min(0.9995, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
+        update_ema(ema, unet, step)
         running.append(loss.detach())
 
         done = step + 1
