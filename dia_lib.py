@@ -279,8 +279,8 @@ def jitter_hsv(x, hue, saturation, value):
     r, g, b = x.unbind(1)                                                       # (n, H, W) each
     v, low = x.amax(1), x.amin(1)
     chroma = (v - low).clamp(min=1e-8)
-    h = torch.where(v == r, (g - b) / chroma, torch.where(v == g, (b - r) / chroma + 2, (r - g) / chroma + 4)) / 6   # in turns
-    s = (v - low) / v.clamp(min=1e-8)
+    h = torch.where(v == r, (g - b) / chroma, torch.where(v == g, (b - r) / chroma + 2, (r - g) / chroma + 4)) / 6
+    s = (v - low) / v.clamp(min=1e-8)                                           # h in turns
     h, s, v = h + hue[:, 0], (s * saturation[:, 0]).clamp(0, 1), (v * value[:, 0]).clamp(0, 1)
     k = (x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + 6 * h[:, None]) % 6   # (n, 3, H, W)
     return v[:, None] - (v * s)[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -556,7 +556,7 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
         items["train"].sort(key=lambda item: _hash(item.name))              # the held-out ones come first:
         images["train"] = _pixels(items["train"], size)                     # both parts stay slices of one file
         n_held = sum(_hash(item.name) >> 1 < holdout * 2 ** 63 for item in items["train"])
-        calibration = torch.tensor([bool(_hash(item.name) & 1) for item in items["train"][:n_held]])
+        calibration = torch.tensor([_hash(item.name) & 1 for item in items["train"][:n_held]], dtype=torch.bool)
         if n_held == len(items["train"]):
             raise SystemExit(f"--data {data}: {n_held} training images with --holdout {holdout} leave none to train on.")
     else:
@@ -661,9 +661,10 @@ def _folder_items(root, splits, normal_class):
     return items
 
 
-def _walk(folder, above=()):
+def _walk(folder, above=None):
     """All images below a folder, sorted by name; links are followed, a link back to a folder above is not."""
     real = folder.resolve()
+    above = set(real.parents) if above is None else above
     if real in above:
         return []
     files = []
@@ -671,7 +672,7 @@ def _walk(folder, above=()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            files += _walk(path, (*above, real))
+            files += _walk(path, above | {real})
         elif path.suffix.lower() in SUFFIXES:
             files.append(path)
     return files

@@ -1,0 +1,240 @@
+"""The command lines, with tiny budgets: the whole chain, exact resume, and one sentence for each mistake."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import medmnist
+
+import dia_lib
+import evaluate
+import train_dia
+import train_diffusion
+
+ROOT = Path(__file__).parent.parent
+STAGE1 = ["--steps", "4", "--batch-size", "8", "--dim", "8", "--lr", "1e-3", "--holdout", "0.3"]
+STAGE2 = ["--steps", "4", "--batch-size", "4", "--image-size", "32", "--optimizer", "adamw", "--lr", "1e-3", "--holdout", "0.3"]
+
+
+def call(module, *args):
+    """Run a script's main() as `python script args` would; returns None, or the sentence it ended with."""
+    argv, sys.argv = sys.argv, [module.__name__, *map(str, args)]
+    try:
+        dia_lib.run(module.main)
+    except SystemExit as stop:
+        assert stop.code not in (0, None)
+        return stop.code
+    finally:
+        sys.argv = argv
+
+
+@pytest.fixture(scope="module")
+def chain(folder, tmp_path_factory):
+    """One tiny run of all stages on the folder of tiles."""
+    out = tmp_path_factory.mktemp("chain") / "run"
+    assert call(train_diffusion, "--data", folder, "--out", out, *STAGE1) is None
+    assert call(train_dia, "--data", folder, "--out", out, *STAGE2) is None
+    assert call(evaluate, "--out", out, "--passes", 2) is None
+    return out
+
+
+def test_chain_writes_what_the_readme_says(chain, folder, capsys):
+    assert {p.name for p in chain.iterdir()} == {"diffusion.pt", "dia.pt", "dissolving.png", "log.jsonl", "scores.csv",
+                                                 "metrics.json", "examples.png", "stats.pt"}
+    rows = list(csv.DictReader((chain / "scores.csv").open()))
+    assert len(rows) == 30 and list(rows[0]) == ["path", "group", "label", "score"]
+    metrics = json.loads((chain / "metrics.json").read_text())
+    from sklearn.metrics import roc_auc_score
+    assert metrics["auroc"] == pytest.approx(roc_auc_score([int(r["label"]) for r in rows], [float(r["score"]) for r in rows]))
+    low, high = metrics["auroc_interval_95"]
+    assert low <= metrics["auroc"] <= high and len(metrics["floors_auroc"]) == 3 and set(metrics["parts_auroc"]) == {
+        "con", "cls", "cos", "norm"}
+    log = [json.loads(line) for line in (chain / "log.jsonl").read_text().splitlines()]
+    assert {"held_t0-29", "held_t30-129", "loss"} <= log[0].keys() and log[0]["zero"] == 0.798
+    last = [r for r in log if r["stage"] == "dia"][-1]
+    assert {"shift_acc", "shift_acc_held", "sim_positive", "sim_twin", "sim_other", "val_auroc", "lr"} <= last.keys()
+    assert 0 <= last["val_auroc"] <= 1
+    for picture in ("dissolving.png", "examples.png"):
+        assert np.asarray(Image.open(chain / picture)).std() > 10               # not blank
+
+    # Again, from stats.pt, with other batches: the same scores; the last line is the AUROC.
+    assert call(evaluate, "--out", chain, "--passes", 2, "--batch-size", 7) is None
+    assert capsys.readouterr().out.splitlines()[-1] == f"auroc {metrics['auroc']:.4f}"
+    again = [float(r["score"]) for r in csv.DictReader((chain / "scores.csv").open())]
+    assert np.allclose(again, [float(r["score"]) for r in rows], atol=0.02)
+
+
+@pytest.mark.parametrize("mode", ["residual", "gaussian", "median", "resize", "copy", "none"])
+def test_every_mode_trains_and_is_evaluated(mode, chain, folder, tmp_path, capsys):
+    args = ["--diffusion", chain / "diffusion.pt"] if mode == "residual" else []
+    stage2 = [*STAGE2[:1], "1", *STAGE2[2:]]
+    assert call(train_dia, "--data", folder, "--out", tmp_path, "--dissolve", mode, "--twins", "excluded", *stage2, *args) is None
+    assert call(evaluate, "--out", tmp_path, "--passes", 1) is None
+    assert (tmp_path / "examples.png").exists()
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert ("sim_twin" in row) == (mode != "none")
+
+
+def test_several_runs_give_mean_and_sd(chain, capsys):
+    assert call(evaluate, "--out", chain, chain, "--passes", 1) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert "+- 0.0000" in lines[-2] and lines[-1].startswith("auroc 0.")
+
+
+def test_npz_of_28_pixels_goes_through_all_stages(tmp_path, capsys):
+    """MedMNIST's size: padded to 32 for the UNet, 3x3 stem, rotations, LARS; the anomalies in it have another label."""
+    path = medmnist(tmp_path / "pneumoniamnist_mini.npz")
+    args = ["--data", path, "--out", tmp_path / "run", "--steps", "2", "--batch-size", "4"]
+    assert call(train_diffusion, *args, "--dim", "8", "--schedule", "linear") is None
+    assert call(train_dia, *args) is None
+    assert call(evaluate, "--out", tmp_path / "run", "--passes", 1) is None
+    settings = torch.load(tmp_path / "run/dia.pt", weights_only=True)["settings"]
+    assert (settings["stem"], settings["shift"], settings["optimizer"], settings["image_size"]) == ("cifar", "rotate", "lars", 28)
+
+
+@pytest.mark.parametrize("module, kind, extra", [(train_diffusion, "diffusion", STAGE1), (train_dia, "dia", STAGE2)])
+def test_resumed_run_equals_an_uninterrupted_one(module, kind, extra, chain, folder, tmp_path, monkeypatch):
+    """Stopped after its checkpoint at step 2 and again with --resume: the same weights, EMA and optimizer, bit for bit,
+    and the same log but for the seconds."""
+    class Stop(Exception):
+        pass
+
+    def save_then_stop(*args):
+        save(*args)
+        raise Stop
+
+    save, out = dia_lib.save_checkpoint, tmp_path / "run"
+    extra = ["--data", folder, "--out", out, *extra, "--steps", "8"]
+    if kind == "dia":
+        extra += ["--diffusion", chain / "diffusion.pt"]
+    with monkeypatch.context() as m:
+        m.setattr(module, "save_checkpoint", save_then_stop)
+        with pytest.raises(Stop):
+            call(module, *extra)
+    assert torch.load(out / f"{kind}.pt", weights_only=True)["step"] == 2
+    resume = ["--resume", "--data", folder, "--out", out] + (extra[-2:] if kind == "dia" else [])
+    assert call(module, *resume) is None                                    # the settings come from the checkpoint
+    whole = tmp_path / "whole"
+    assert call(module, *[whole if a == out else a for a in extra]) is None
+
+    def flat(value, prefix=""):
+        if isinstance(value, dict):
+            return {k2: v2 for k, v in value.items() for k2, v2 in flat(v, f"{prefix}/{k}").items()}
+        if isinstance(value, list):
+            return flat(dict(enumerate(value)), prefix)
+        return {prefix: value}
+
+    a, b = (flat(torch.load(o / f"{kind}.pt", weights_only=True)) for o in (out, whole))
+    assert a.keys() == b.keys() and any("momentum" in k or "exp_avg" in k for k in a)
+    for k in a:
+        assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
+    logs = [[{k: v for k, v in json.loads(r).items() if k != "seconds"} for r in (o / "log.jsonl").read_text().splitlines()]
+            for o in (out, whole)]
+    assert logs[0] == logs[1]
+
+
+def test_equal_seeds_equal_runs_and_other_seeds_other_runs(folder, tmp_path):
+    weights = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert call(train_diffusion, "--data", folder, "--out", tmp_path / name, *STAGE1, "--seed", seed) is None
+        weights.append(torch.load(tmp_path / name / "diffusion.pt", weights_only=True)["ema"]["stem.weight"])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+# What is wrong, in one sentence --------------------------------------------------------------------------------------
+
+
+def test_wrong_training_flags(folder, tmp_path, chain):
+    """Each is refused before anything is written."""
+    new = ["--data", folder, "--out", tmp_path / "new"]
+    cases = [
+        (train_diffusion, [*new, "--dissolve-size", "20"], "multiple of 8"),
+        (train_diffusion, [*new, "--dim", "12"], "multiple of 8"),
+        (train_diffusion, [*new, "--batch-size", "1000"], "from 1 to"),
+        (train_diffusion, [*new, "--batch-size", "0"], "from 1 to"),
+        (train_diffusion, [*new, "--fraction", "0"], "above 0"),
+        (train_diffusion, [*new, "--holdout", "1"], "below 1"),
+        (train_diffusion, [*new, "--steps", "0"], "at least 1"),
+        (train_diffusion, [*new, "--seed", "-1"], "from 0 on"),
+        (train_diffusion, [*new, "--resume"], "nothing to resume"),
+        (train_diffusion, ["--data", "no/such/path", "--out", tmp_path / "new"], "no such folder"),
+        (train_dia, [*new, *STAGE2], "Run train_diffusion.py"),
+        (train_dia, [*new, *STAGE2, "--t-range", "50", "50"], "0 <= A < B <= 1000"),
+        (train_dia, [*new, *STAGE2, "--t-range", "900", "1001"], "0 <= A < B <= 1000"),
+        (train_dia, [*new, *STAGE2, "--image-size", "31"], "even number"),
+        (train_dia, [*new, *STAGE2, "--crop-min", "0"], "above 0"),
+        (train_dia, [*new, *STAGE2, "--batch-size", "41"], "from 1 to"),
+        (train_dia, [*new, *STAGE2, "--diffusion", chain / "dia.pt"], "is a dia checkpoint"),
+        (train_dia, [*new, *STAGE2, "--diffusion", folder / "train/good/000.png"], "not a checkpoint"),
+        (train_dia, [*new, *STAGE2, "--diffusion", chain / "diffusion.pt", "--holdout", "0.2"], "other images"),
+        (train_diffusion, ["--data", folder, "--out", chain, *STAGE1], "--resume"),
+        (train_dia, ["--data", folder, "--out", chain, *STAGE2], "--resume"),
+        (train_dia, ["--data", folder, "--out", chain, "--resume"], "nothing to do"),
+        (train_dia, ["--data", folder, "--out", chain, "--resume", "--lr", "0.5"], "was started with"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((train_diffusion, [*new, "--device", "cuda"], "no such device"))
+    for module, args, expected in cases:
+        code = call(module, *args)
+        assert isinstance(code, str) and expected in code and "\n" not in code, (args, code)
+    assert not (tmp_path / "new").exists()
+
+
+def test_npz_is_never_enlarged(tmp_path):
+    path = medmnist(tmp_path / "pneumoniamnist_mini.npz")
+    code = call(train_dia, "--data", path, "--out", tmp_path / "run", *STAGE2, "--image-size", "64", "--dissolve", "none")
+    assert "28 px" in code
+
+
+def test_wrong_checkpoints(chain, folder, tmp_path):
+    assert "no such checkpoint" in call(evaluate, "--out", tmp_path / "absent")
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / "dia.pt").write_bytes((chain / "dia.pt").read_bytes()[:20000])
+    assert "truncated" in call(evaluate, "--out", torn)
+    (torn / "dia.pt").write_bytes((chain / "diffusion.pt").read_bytes())
+    assert "is a diffusion checkpoint" in call(evaluate, "--out", torn)
+
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "unpickled",)
+
+    torch.save({"kind": "dia", "settings": Attack()}, torn / "dia.pt")
+    assert "not a checkpoint" in call(evaluate, "--out", torn) and not (tmp_path / "unpickled").exists()
+    other = medmnist(tmp_path / "pneumoniamnist_mini.npz")
+    assert "other images" in call(evaluate, "--out", chain, "--data", other)
+
+
+def test_test_set_with_one_label_only(tmp_path, folder):
+    root = tmp_path / "one"
+    for split in ("train", "test"):
+        (root / split).mkdir(parents=True)
+        (root / split / "good").symlink_to(folder / split / "good", target_is_directory=True)
+    assert call(train_dia, "--data", root, "--out", tmp_path / "run", *STAGE2, "--steps", 1, "--dissolve", "none") is None
+    assert "both normal and anomalous" in call(evaluate, "--out", tmp_path / "run")
+    assert not (tmp_path / "run/metrics.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
+    code = call(train_dia, "--data", folder, "--out", tmp_path, *STAGE2, "--dissolve", "none", "--lr", "1e30", "--steps", "8")
+    assert "step" in code and "learning rate" in code and not (tmp_path / "dia.pt").exists()
+
+
+def test_a_mistake_at_the_shell_ends_with_one_line_and_exit_code_1():
+    done = subprocess.run([sys.executable, ROOT / "train_diffusion.py", "--data", "no/such/path"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and "no/such/path" in done.stderr
+
+
+def test_help_names_every_flag_and_its_default(capsys):
+    for module in (train_diffusion, train_dia, evaluate):
+        argv, sys.argv = sys.argv, [module.__name__, "--help"]
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        sys.argv = argv
+        assert stop.value.code == 0 and "default" in capsys.readouterr().out
