@@ -140,40 +140,31 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noise predictor of the diffusion model, after Ho et al. 2020, arXiv:2006.11239, App. B.
+    """Noise predictor of the diffusion model, after Ho et al. 2020, arXiv:2006.11239, App. B; widths as in DIA's code.
 
-    Two residual blocks a stage, attention in the two lowest stages and the middle, skips from every block.
+    Two residual blocks a stage, attention in the two lowest stages and the middle, a skip from every block and the stem.
     forward(x, t): x (B, C, H, W) float, H and W divisible by 2**(stages - 1); t (B,) int64 -> eps, same shape as x.
     """
 
     def __init__(self, channels=3, dim=64, dim_mults=(1, 2, 4, 8)):
         super().__init__()
-        self.dim, self.divisor = dim, 2 ** (len(dim_mults) - 1)
-        widths = [dim * m for m in dim_mults]
-        time_dim = 4 * dim
+        self.dim, time_dim = dim, 4 * dim
+        widths, lowest = [dim] + [dim * m for m in dim_mults], len(dim_mults) - 1
         self.time = nn.Sequential(nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
         self.stem = nn.Conv2d(channels, dim, 3, padding=1)
-
-        def stage(cin, skips, cout, level):
-            """Two blocks; on the way up each takes a skip of `skips` channels as well."""
-            low = level >= len(widths) - 2
-            return nn.ModuleList([ResBlock(cin + skips, cout, time_dim), Attention(cout) if low else nn.Identity(),
-                                  ResBlock(cout + skips, cout, time_dim), Attention(cout) if low else nn.Identity()])
-
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c = dim
-        for level, width in enumerate(widths):
-            last = level == len(widths) - 1
-            self.down.append(stage(c, 0, width, level))
-            self.down.append(nn.Identity() if last else nn.Conv2d(width, width, 3, stride=2, padding=1))
-            c = width
-        self.mid = nn.ModuleList([ResBlock(c, c, time_dim), Attention(c), ResBlock(c, c, time_dim)])
-        for level, width in reversed(list(enumerate(widths))):
-            self.up.append(stage(c, width, width, level))
-            below = widths[level - 1]
-            self.up.append(nn.Identity() if level == 0 else
-                           nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, below, 3, padding=1)))
-            c = below
+        for level, (cin, cout) in enumerate(itertools.pairwise(widths)):
+            low = level >= lowest - 1
+            self.down.append(nn.ModuleList([
+                ResBlock(cin, cin, time_dim), ResBlock(cin, cin, time_dim), Attention(cin) if low else nn.Identity(),
+                nn.Conv2d(cin, cout, 3, stride=1 if level == lowest else 2, padding=1)]))
+            self.up.insert(0, nn.ModuleList([
+                ResBlock(cout + cin, cout, time_dim), ResBlock(cout + cin, cout, time_dim),
+                Attention(cout) if low else nn.Identity(),
+                nn.Sequential(nn.Identity() if level == 0 else nn.Upsample(scale_factor=2),
+                              nn.Conv2d(cout, cin, 3, padding=1))]))
+        self.mid = nn.ModuleList([ResBlock(cout, cout, time_dim), Attention(cout), ResBlock(cout, cout, time_dim)])
+        self.last = ResBlock(2 * dim, dim, time_dim)
         self.out = nn.Sequential(nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, channels, 3, padding=1))
 
     def forward(self, x, t):
@@ -181,17 +172,18 @@ class UNet(nn.Module):
         freq = torch.exp(torch.arange(half, device=x.device) * (-math.log(10000) / (half - 1)))     # (dim/2,)
         angle = t[:, None].float() * freq                                                           # (B, dim/2)
         temb = self.time(torch.cat([angle.sin(), angle.cos()], 1))                                  # (B, 4*dim)
-        h, skips = self.stem(x.contiguous(memory_format=torch.channels_last)), []
-        for (block1, attn1, block2, attn2), resize in zip(self.down[::2], self.down[1::2], strict=True):
-            skips.append(attn1(block1(h, temb)))
-            skips.append(attn2(block2(skips[-1], temb)))
-            h = resize(skips[-1])                                                                   # half the size
+        h = self.stem(x.contiguous(memory_format=torch.channels_last))                              # (B, dim, H, W)
+        skips = [h]
+        for block1, block2, attention, shrink in self.down:
+            skips.append(block1(h, temb))
+            skips.append(attention(block2(skips[-1], temb)))
+            h = shrink(skips[-1])                                                                   # half the size
         h = self.mid[2](self.mid[1](self.mid[0](h, temb)), temb)
-        for (block1, attn1, block2, attn2), resize in zip(self.up[::2], self.up[1::2], strict=True):
-            h = attn1(block1(torch.cat([h, skips.pop()], 1), temb))
-            h = attn2(block2(torch.cat([h, skips.pop()], 1), temb))
-            h = resize(h)                                                                           # twice the size
-        return self.out(h)
+        for block1, block2, attention, grow in self.up:
+            h = block1(torch.cat([h, skips.pop()], 1), temb)
+            h = attention(block2(torch.cat([h, skips.pop()], 1), temb))
+            h = grow(h)                                                                             # twice the size
+        return self.out(self.last(torch.cat([h, skips.pop()], 1), temb))
 
 
 @torch.no_grad()

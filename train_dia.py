@@ -24,7 +24,7 @@ from dia_lib import (
     report_time, run, save_checkpoint, step_generator, synthetic_defects, to_float, training_flags,
 )
 
-QUICK = dict(image_size=64, steps=400, optimizer="adamw", lr=1e-3)
+QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw", lr=1e-3)
 MODES = ["diffusion", "residual", "gaussian", "median", "resize", "copy", "none"]
 
 
@@ -75,9 +75,9 @@ class LARS(torch.optim.Optimizer):
                 local = group["trust"] * w / (n + group["weight_decay"] * w + 1e-8)
                 local = torch.where((w > 0) & (n > 0), local, 1.0)
                 update = (g + group["weight_decay"] * p) * local
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.mul_(group["momentum"]).add_(update)
-                p.sub_(group["lr"] * buffer)
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                p.sub_(group["lr"] * self.state[p]["momentum"].mul_(group["momentum"]).add_(update))
 
 
 def learning_rate(step, steps, peak, optimizer):
