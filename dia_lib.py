@@ -253,13 +253,17 @@ def augment(x, params):
     x = (x * p["value"]).clamp(0, 1) if C == 1 else jitter_hsv(x, p["hue"], p["saturation"], p["value"])
     x = contrast(x, torch.where(p["contrast_first"], 1, p["contrast"]))
     if C == 3:
-        luma = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        x = torch.where(p["grey"], luma, x)
+        x = torch.where(p["grey"], luma(x), x)
     h, w, dy, dx = params["crop"]                                   # (n or 1,) each
     zero = torch.zeros_like(h)
     theta = torch.stack([w, zero, dx, zero, h, dy], 1).view(-1, 2, 3).expand(n, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)                     # (n, H, W, 2)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def luma(x):
+    """Grey of an RGB image: (n, 3, H, W) -> (n, 1, H, W)."""
+    return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
 def jitter_hsv(x, hue, saturation, value):
@@ -274,7 +278,7 @@ def jitter_hsv(x, hue, saturation, value):
     h = torch.where(v == r, (g - b) / chroma, torch.where(v == g, (b - r) / chroma + 2, (r - g) / chroma + 4)) / 6
     s = (v - low) / v.clamp(min=1e-8)                                           # h in turns
     h, s, v = h + hue[:, 0], (s * saturation[:, 0]).clamp(0, 1), (v * value[:, 0]).clamp(0, 1)
-    k = (x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + 6 * h[:, None]) % 6   # (n, 3, H, W)
+    k = (torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1) + 6 * h[:, None]) % 6     # (n, 3, H, W)
     return v[:, None] - (v * s)[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -380,7 +384,7 @@ class Encoder(nn.Module):
 
 
 def contrastive_loss(z, views=3, tau=0.5, twins="negative"):
-    """Fine-grained NT-Xent. DIA, arXiv:2302.14696, Eq. 6-7; with views=2 CSI's loss, arXiv:2007.08176, Eq. 3.
+    """Fine-grained NT-Xent. DIA, arXiv:2302.14696, Eq. 6-7; with views=2 the loss of CSI, arXiv:2007.08176, Sec. 2.2.
 
     z: (V*N, D), any float dtype, not normalised, view-major; float32 inside, also within an autocast block.
     Positives are rows i of view 0 and i of view 1. Every other row is a negative, the dissolved ones too, which have
@@ -422,33 +426,31 @@ def embed(encoder, images, shift, passes, device, batch=96, name=None):
     """
     training, channels = encoder.training, encoder.backbone.conv1.in_channels
     encoder.eval()
-    draws = {}
+    draws = [[] for _ in range(passes)]                                                 # (flip, params) of pass p, shift k
     for p in range(passes):
         for k in range(K):
             g = step_generator("cpu", 0, "test-time view", p * K + k)
             flip = torch.rand(1, generator=g).item() < 0.5
-            draws[p, k] = flip, {n: v.to(device) for n, v in draw_augment(1, (0.54, 0.54), g).items()}
+            draws[p].append((flip, {n: v.to(device) for n, v in draw_augment(1, (0.54, 0.54), g).items()}))
     zs, logits = [], []
     bar = tqdm(images.split(batch), name, unit="batch", leave=False, disable=None if name else True)
     for chunk in bar:
         x = to_float(chunk, channels, device)                                           # (b, C, H, W)
+        shifted = {flip: shift_views(x.flip(-1) if flip else x, shift).chunk(K) for flip in (False, True)}
         z_sum = logit_sum = 0
         for p in range(passes):
-            rows = []
-            for k in range(K):
-                flip, params = draws[p, k]
-                rows.append(augment(shift_views(x.flip(-1) if flip else x, shift).chunk(K)[k], params))
+            rows = [augment(shifted[flip][k], params) for k, (flip, params) in enumerate(draws[p])]     # K of (b, C, H, W)
             with autocast(device):
                 z, logit = encoder(torch.cat(rows))                                     # (K*b, D), (K*b, K)
             z_sum, logit_sum = z_sum + z.float(), logit_sum + logit.float()
         zs.append((z_sum / passes).unflatten(0, (K, -1)).transpose(0, 1).cpu())         # (b, K, D)
-        logits.append((logit_sum / passes).unflatten(0, (K, -1)).transpose(0, 1).cpu())  # (b, K, K)
+        logits.append((logit_sum / passes).unflatten(0, (K, -1)).transpose(0, 1).cpu())    # (b, K, K)
     encoder.train(training)
     return torch.cat(zs), torch.cat(logits)
 
 
 def csi_fit(z, logits):
-    """What the score needs of the normal training images. CSI, arXiv:2007.08176, Eq. 6-8; DIA Sec. 3.3.
+    """What the score needs of the normal training images. CSI, arXiv:2007.08176, Sec. 2.3; DIA Sec. 3.3.
 
     z: (M, K, D), logits: (M, K, K), of `embed`, not normalised.
     Returns a dict: axis (K, M, D) of length 1, w (K,) = 1 / mean norm, v (K,) = 1 / mean logit of the true shift.
@@ -496,14 +498,15 @@ TREE = "expected <data>/train/<normal>/*, <data>/test/<normal>/* and <data>/test
 class Data:
     """A data set of normals to train on and a labelled test set. Images are uint8 (n, C, H, W), H = W.
 
-    C is 1 if every image of the split is grey, else 3. `held` are normals set aside, chosen by a hash of their names;
-    those with `calibration` True are never used for choosing anything. `fingerprint` tells the training images apart.
+    C is 1 if every image of the split is grey, else 3; n counts images. `held` are normals set aside, chosen by a hash
+    of their names; those with `calibration` True are never used for choosing anything. `fingerprint` stands for the
+    names and sizes of the training images.
     """
     name: str
     train: Tensor           # (M, C, H, W)
     train_groups: list      # M names, "" where the set has none
-    held: Tensor            # (H, C, H, W)
-    calibration: Tensor     # (H,) bool
+    held: Tensor            # (n, C, H, W)
+    calibration: Tensor     # (n,) bool
     test: Tensor            # (Q, C', H, W)
     labels: Tensor          # (Q,) int64, 1 = anomaly
     groups: list            # Q names
@@ -525,7 +528,7 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     """Load `elpv`, an npz file in MedMNIST's format, or a folder in MVTec or ImageFolder layout. See the README.
 
     image_size: pixels of the square that images are brought to; None for the set's own. Arrays of an npz file are
-    never enlarged. splits: only these are read. holdout: share of the training normals set aside. Exits with a
+    never enlarged. splits: ("train",) reads no test images. holdout: share of the training normals set aside. Exits with a
     sentence when the data are not as expected. Decoded images are cached, and memory-mapped.
     """
     defaults = {"shift": "rotate", "t_range": (30, 130), "image_size": 224}
@@ -543,27 +546,25 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
         raise SystemExit(f"--data {data}: no such folder or npz file, and the only set known by name is elpv.")
     size = image_size or defaults["image_size"]
 
-    images, calibration, empty = {}, torch.zeros(0, dtype=torch.bool), torch.zeros(0, 1, size, size, dtype=torch.uint8)
-    if "train" in splits:
-        items["train"].sort(key=lambda item: _hash(item.name))              # the held-out ones come first:
-        images["train"] = _pixels(items["train"], size)                     # both parts stay slices of one file
-        n_held = sum(_hash(item.name) >> 1 < holdout * 2 ** 63 for item in items["train"])
-        calibration = torch.tensor([_hash(item.name) & 1 for item in items["train"][:n_held]], dtype=torch.bool)
-        if n_held == len(items["train"]):
-            raise SystemExit(f"--data {data}: {n_held} training images with --holdout {holdout} leave none to train on.")
-    else:
-        items["train"], n_held = [], 0
-    if "test" in splits:
-        images["test"] = _pixels(items["test"], size)
-    train, test = items["train"][n_held:], items.get("test", [])
+    items["train"].sort(key=lambda item: _hash(item.name))                  # the held-out ones come first:
+    every = _pixels(items["train"], size)                                   # both parts stay slices of one file
+    n_held = sum(_hash(item.name) >> 1 < holdout * 2 ** 63 for item in items["train"])
+    calibration = torch.tensor([_hash(item.name) & 1 for item in items["train"][:n_held]], dtype=torch.bool)
+    if n_held == len(items["train"]):
+        raise SystemExit(f"--data {data}: {n_held} training images with --holdout {holdout} leave none to train on.")
+    train, test = items["train"][n_held:], items["test"] if "test" in splits else []
     sizes = [(i.name, zlib.crc32(i.source.tobytes()) if isinstance(i.source, np.ndarray) else os.stat(i.source).st_size)
              for i in train]
-    every = images.get("train", empty)
-    return Data(name=path.stem if data != "elpv" else "elpv", train=every[n_held:],
+    return Data(name=data_name(data), train=every[n_held:],
                 train_groups=[i.group for i in train], held=every[:n_held], calibration=calibration,
-                test=images.get("test", empty), labels=torch.tensor([i.label for i in test], dtype=torch.int64),
+                test=_pixels(test, size) if test else every[:0], labels=torch.tensor([i.label for i in test], dtype=torch.int64),
                 groups=[i.group for i in test], paths=[i.name for i in test],
                 fingerprint=hashlib.sha256(json.dumps(sizes).encode()).hexdigest(), defaults=defaults)
+
+
+def data_name(data):
+    """The name of a data set: elpv, the folder's, or the npz file's without its suffix."""
+    return re.sub(r"\.npz$", "", Path(data).expanduser().resolve().name)
 
 
 def _hash(name):
@@ -611,15 +612,16 @@ def _npz_items(path, splits, normal_class):
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
             raise SystemExit(f"{path}: {split}_images is {images.dtype} {images.shape}; "
                              "needed are 2-D images, uint8, (n, H, W) or (n, H, W, 3).")
-        labels = labels.reshape(len(labels), -1)
-        if labels.shape[1] != 1 or len(labels) != len(images):
-            raise SystemExit(f"{path}: {split}_labels has shape {labels.shape}; needed is one label for each image.")
+        if labels.dtype.kind not in "iub" or labels.size != len(images) or labels.shape[:1] != images.shape[:1]:
+            raise SystemExit(f"{path}: {split}_labels is {labels.dtype} {labels.shape}; needed is one integer for each of "
+                             f"{len(images)} images.")
+        labels = labels.reshape(-1)
         items[split] = [Item(f"{split}/{i:06d}", int(label != normal), f"{int(label)}", image)
-                        for i, (image, label) in enumerate(zip(images, labels[:, 0], strict=True))
+                        for i, (image, label) in enumerate(zip(images, labels, strict=True))
                         if split == "test" or label == normal]
         if not items[split]:
             raise SystemExit(f"{path}: no {split} image has the normal label {normal}; "
-                             f"labels found: {', '.join(map(str, np.unique(labels)))}.")
+                             f"labels found: {', '.join(map(str, np.unique(labels))) or 'none'}.")
     return items
 
 
@@ -671,8 +673,8 @@ def _walk(folder, above=None):
 
 
 def _decode(source, size):
-    """One image -> (3, size, size) uint8. Bilinear with antialiasing to a square; 16-bit grey by its full range."""
-    # choice: the aspect is not kept (as in the released code), transparency is dropped
+    """One image -> (3, size, size) uint8, and whether it is grey. Brought to a square by antialiased bilinear resizing."""
+    # choice: the aspect is not kept (as in the released code), transparency is dropped, 16 bits are scaled by their full range
     if isinstance(source, np.ndarray):
         image = Image.fromarray(source)
     else:
@@ -684,9 +686,11 @@ def _decode(source, size):
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SystemExit(f"{source} cannot be read as an image ({error}): repair or remove it.") from None
     image = image.convert("RGB")
+    red, green, blue = image.split()
+    grey = red.tobytes() == green.tobytes() == blue.tobytes()
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.asarray(image).transpose(2, 0, 1), grey
 
 
 def _pixels(items, size):
@@ -704,18 +708,18 @@ def _pixels(items, size):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch, ThreadPoolExecutor() as pool:
             rgb = np.lib.format.open_memmap(f"{scratch}/rgb.npy", "w+", np.uint8, (len(items), 3, size, size))
-            grey = True
+            all_grey = True
             decoded = pool.map(lambda item: _decode(item.source, size), items)
-            for i, pixels in enumerate(tqdm(decoded, "decoding", len(items), unit="image", disable=None, leave=False)):
+            for i, (pixels, grey) in enumerate(tqdm(decoded, "decoding", len(items), unit="image", disable=None, leave=False)):
                 rgb[i] = pixels
-                grey = grey and (pixels[0] == pixels[1]).all() and (pixels[0] == pixels[2]).all()
-            if grey:
+                all_grey = all_grey and grey
+            if all_grey:
                 one = np.lib.format.open_memmap(f"{scratch}/grey.npy", "w+", np.uint8, (len(items), 1, size, size))
                 for i in range(len(items)):
                     one[i, 0] = rgb[i, 0]
                 one.flush()
             rgb.flush()
-            os.replace(f"{scratch}/{'grey' if grey else 'rgb'}.npy", path)
+            os.replace(f"{scratch}/{'grey' if all_grey else 'rgb'}.npy", path)
     return torch.from_numpy(np.load(path, mmap_mode="c"))                   # copy on write: the file stays as it is
 
 
@@ -725,7 +729,7 @@ def to_float(images, channels, device):
     if x.shape[1] < channels:
         return x.expand(-1, channels, -1, -1)
     if x.shape[1] > channels:
-        return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        return luma(x)
     return x
 
 
@@ -807,6 +811,11 @@ def load_checkpoint(path, kind, device):
     return state
 
 
+def sha256_of(path):
+    """Hex digest of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def step_generator(device, seed, stream, step):
     """A torch.Generator that is a function of (seed, stream name, step) alone: what makes resume exact."""
     entropy = (seed, zlib.crc32(stream.encode()), step)
@@ -845,10 +854,10 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
-def shared_flags(parser):
-    """The flags that mean the same in every script."""
-    parser.add_argument("--data", default="elpv", help="elpv, a folder, or an npz file (default: elpv)")
-    parser.add_argument("--normal-class", help="name (folder) or label (npz) of the normal class, where it can't be told")
+def shared_flags(parser, data="elpv"):
+    """The flags that mean the same in every script; data: the default of --data, None for the run's own."""
+    parser.add_argument("--data", default=data, help=f"elpv, a folder, or an npz file (default: {data or 'as in training'})")
+    parser.add_argument("--normal-class", help="folder or label of the normal class, where it can't be told (default: none)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
 
 
@@ -864,11 +873,6 @@ def training_flags(parser):
                         help="torch.compile (default: on CUDA; takes minutes to start on a CPU)")
 
 
-def run_folder(data):
-    """The default --out of a data set."""
-    return f"runs/{Path(data).expanduser().resolve().stem}"
-
-
 def parse_training(parser, kind, quick, argv=None):
     """Parse the command line of a training script: flags > (--resume) the checkpoint's settings > (--quick) > defaults.
 
@@ -876,9 +880,8 @@ def parse_training(parser, kind, quick, argv=None):
     this stage and --resume is not given, or there is nothing to resume, or a flag contradicts the run to resume.
     """
     first = parser.parse_args(argv)
-    out = Path(first.out or run_folder(first.data) + (f"-s{first.seed}" if first.seed else ""))
+    out = Path(first.out or f"runs/{data_name(first.data)}" + (f"-s{first.seed}" if first.seed else ""))
     path, state = out / f"{kind}.pt", None
-    free = {"out", "resume", "quick", "device", "compile", "data", "diffusion"}     # may differ when a run is resumed
     if first.resume:
         if not path.exists():
             raise SystemExit(f"--resume: {path} does not exist, so there is nothing to resume. Leave --resume out.")
@@ -891,7 +894,7 @@ def parse_training(parser, kind, quick, argv=None):
         parser.set_defaults(**quick)
     args = parser.parse_args(argv)
     if state:
-        for name in set(saved) - free:
+        for name in set(saved) - {"data", "diffusion"}:                             # files may have moved
             if getattr(args, name) != saved[name]:
                 raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {out} was started with "
                                  f"{saved[name]}. Leave the flag out, or choose another folder with --out.")
@@ -899,6 +902,8 @@ def parse_training(parser, kind, quick, argv=None):
         raise SystemExit(f"--seed {args.seed}: needs a number from 0 on.")
     if not 0 <= args.holdout < 1:
         raise SystemExit(f"--holdout {args.holdout}: needs a share from 0 to below 1.")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise SystemExit(f"--lr {args.lr}: needs a number above 0.")
     if args.steps is not None and args.steps < 1:
         raise SystemExit(f"--steps {args.steps}: needs at least 1.")
     args.out = out
@@ -916,18 +921,20 @@ class Log:
 
     def __init__(self, out, stage, step):
         self.path, self.stage = Path(out) / "log.jsonl", stage
-        rows = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [r for r in rows if json.loads(r)["stage"] != stage or json.loads(r)["step"] <= step]
-        if kept != rows:
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n")                          # a last line may be torn
+                and ((row := json.loads(line))["stage"] != stage or row["step"] <= step)]
+        if kept != lines:
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{r}\n" for r in kept))
+            temporary.write_text("".join(kept))
             os.replace(temporary, self.path)
 
-    def __call__(self, step, **values):
+    def __call__(self, step, show=True, **values):
         with open(self.path, "a") as file:
             file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        tqdm.write(f"step {step}  {shown}")
+        if show:
+            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+            tqdm.write(f"step {step}  {shown}")
 
 
 def check_loss(values, done, lr):
@@ -936,6 +943,12 @@ def check_loss(values, done, lr):
         if not math.isfinite(value):
             raise SystemExit(f"the loss is {value} at step {done - len(values) + i + 1} (learning rate {lr:.3g}); last "
                              f"finite value {values[i - 1] if i else 'before the last report'}. Try a smaller --lr.")
+
+
+def check_weights(model, done, lr):
+    """Exit if a weight is not finite: asked before a checkpoint is written over an older one."""
+    if not all(v.isfinite().all() for v in model.state_dict().values()):
+        raise SystemExit(f"a weight is not finite after step {done} (learning rate {lr:.3g}). Try a smaller --lr.")
 
 
 def report_time(step, steps, seconds, quick):

@@ -9,8 +9,8 @@ the score needs of the training images). The last line on stdout is `auroc 0.xxx
 
 import argparse
 import csv
-import hashlib
 import json
+import math
 import os
 import statistics
 import time
@@ -23,33 +23,39 @@ from scipy.stats import bootstrap, mannwhitneyu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_lib import (
-    Encoder, K, UNet, alpha_bar, csi_fit, csi_parts, csi_score, dissolve_view, embed, fit_to, load_checkpoint,
-    load_data, pick_device, run, run_folder, save_checkpoint, save_grid, shared_flags, to_float,
+    Encoder, K, Log, UNet, alpha_bar, csi_fit, csi_parts, csi_score, data_name, dissolve_view, embed, fit_to, load_checkpoint,
+    load_data, pick_device, run, save_checkpoint, save_grid, sha256_of, shared_flags, to_float,
 )
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared_flags(parser)
-    parser.set_defaults(data=None)
+    shared_flags(parser, data=None)
     parser.add_argument("--out", nargs="+", metavar="RUN", help="folders of runs (default: runs/<data>)")
     parser.add_argument("--passes", type=int, default=10, help="test-time passes averaged (default: 10)")
     parser.add_argument("--batch-size", type=int, default=96, help="images a step, before shifts (default: 96)")
     args = parser.parse_args(argv)
-    args.out = args.out or [run_folder(args.data or "elpv")]
+    args.out = args.out or [f"runs/{data_name(args.data or 'elpv')}"]
     if args.passes < 1 or args.batch_size < 1:
         raise SystemExit("--passes and --batch-size need at least 1.")
     return args
 
 
 def auroc_interval(labels, scores):
-    """AUROC and its 95% interval: percentile bootstrap over normals and anomalies apart, 2,000 resamples."""
+    """AUROC and its 95% interval: percentile bootstrap over normals and anomalies apart, 2,000 resamples.
+
+    labels, scores: (Q,) arrays. The interval is None if there are fewer than 2 normals or 2 anomalies.
+    """
+    value = float(roc_auc_score(labels, scores))
+    if min((labels == 0).sum(), (labels == 1).sum()) < 2:
+        return value, None
+
     def auroc(anomalies, normals, axis):
         return mannwhitneyu(anomalies, normals, axis=axis).statistic / (anomalies.shape[axis] * normals.shape[axis])
 
     result = bootstrap((scores[labels == 1], scores[labels == 0]), auroc, n_resamples=2000, batch=100,
                        method="percentile", rng=np.random.default_rng(0))
-    return float(roc_auc_score(labels, scores)), [float(v) for v in result.confidence_interval]
+    return value, [float(v) for v in result.confidence_interval]
 
 
 def within_groups(labels, scores, groups):
@@ -62,20 +68,20 @@ def within_groups(labels, scores, groups):
 def floors(data, encoder, shift, device, batch):
     """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
     labels = data.labels.numpy()
-    test, train = ([to_float(c, 1, device) for c in images.split(256)] for images in (data.test, data.train))
-    dark = -torch.cat([c.mean((1, 2, 3)) for c in test])
 
-    def pixels(chunks):                                                     # (n, 1024), each divided by its mean
-        flat = torch.cat([fit_to(c, 32).flatten(1) for c in chunks])
-        return flat / flat.mean(1, keepdim=True).clamp(min=1e-6)
+    def pixels(images):                                 # 32 px images divided by their mean (n, 1024), and the mean (n, 1)
+        flat = torch.cat([fit_to(to_float(chunk, 1, device), 32).flatten(1) for chunk in images.split(256)])
+        mean = flat.mean(1, keepdim=True)
+        return flat / mean.clamp(min=1e-6), mean
 
-    bank = pixels(train)
-    nearest = torch.cat([torch.cdist(q, bank).amin(1) for q in pixels(test).split(256)])
+    (test, brightness), (train, _) = pixels(data.test), pixels(data.train)
+    nearest = torch.cat([torch.cdist(chunk, train).amin(1) for chunk in test.split(256)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                     # untrained: that is the point
         stats = csi_fit(*embed(encoder, data.train, shift, 1, device, batch))
         untrained = csi_score(stats, *embed(encoder, data.test, shift, 1, device, batch))
-    scores = {"minus mean brightness": dark, "nearest neighbour on 32 px pixels": nearest, "encoder untrained": untrained}
+    scores = {"minus mean brightness": -brightness[:, 0], "nearest neighbour on 32 px pixels": nearest,
+              "encoder untrained": untrained}
     return {name: float(roc_auc_score(labels, score.cpu().numpy())) for name, score in scores.items()}
 
 
@@ -83,31 +89,31 @@ def examples(path, data, score, settings, out, device):
     """Most and least anomalous test images of each label; beside each its dissolved version and their difference."""
     mode, unet, abar, t = settings["dissolve"], None, None, None
     if mode in ("diffusion", "residual"):
-        if (out / "diffusion.pt").exists():
-            state = load_checkpoint(out / "diffusion.pt", "diffusion", device)
+        found = [p for p in (out / "diffusion.pt", Path(settings["diffusion"]))
+                 if p.is_file() and sha256_of(p) == settings["diffusion_sha256"]]
+        if found:
+            state = load_checkpoint(found[0], "diffusion", device)
             unet = UNet(settings["channels"], state["settings"]["dim"]).to(device)
             unet.load_state_dict(state["ema"])
             abar = alpha_bar(state["settings"]["schedule"]).to(device)
             t = torch.tensor([sum(settings["t_range"]) // 2], device=device)
         else:
             mode = "none"
-            print(f"{out}/diffusion.pt is not there: examples.png shows no dissolved images")
-    rows, order = [], score.argsort(descending=True)
+            print(f"  stage 1's checkpoint ({settings['diffusion']}) is not there: examples.png shows no dissolved images")
+    plain, rows, order = mode in ("none", "copy"), [], score.argsort(descending=True)
     for label in (1, 0):
         ranked = order[data.labels[order] == label]
         for picked in (ranked[:4], ranked[-4:]):
             row = []
             for i in picked.tolist():
                 x = to_float(data.test[i:i + 1], settings["channels"], device)
-                twin = x if mode in ("none", "copy") else dissolve_view(unet, x, t, abar, settings["dissolve_size"], mode)
-                row += [x[0]] if mode in ("none", "copy") else [x[0], twin[0], (4 * (x - twin).abs()).clamp(0, 1)[0]]
+                twin = x if plain else dissolve_view(unet, x, t, abar, settings["dissolve_size"], mode)
+                row += [x[0]] if plain else [x[0], twin[0], (4 * (x - twin).abs()).clamp(0, 1)[0]]
             rows.append(row)
-    columns = 4 * (1 if mode in ("none", "copy") else 3)
-    rows = [row + [None] * (columns - len(row)) for row in rows]            # fewer than 4 images of a label
-    twin_name = mode if t is None else f"t = {int(t)}"
-    captions = ["image"] * 4 if columns == 4 else ["image", f"{twin_name}", "4 x |diff|"] * 4
+    captions = ["image"] * 4 if plain else ["image", mode if t is None else f"t = {int(t)}", "4 x |diff|"] * 4
+    rows = [row + [None] * (len(captions) - len(row)) for row in rows]      # fewer than 4 images of a label
     names = ["anomalies, highest scores", "anomalies, lowest", "normals, highest", "normals, lowest"]
-    save_grid(path, rows, captions, scale=max(1, 128 // rows[0][0].shape[-1]), names=names)
+    save_grid(path, rows, captions, scale=max(1, 128 // settings["image_size"]), names=names)
 
 
 def evaluate(out, args, device):
@@ -130,7 +136,7 @@ def evaluate(out, args, device):
 
     print(f"{out}: {data.name}, {len(data.train)} training images, {len(labels)} test images ({labels.sum()} anomalies), "
           f"dissolve {s['dissolve']}, seed {s['seed']}, step {state['step']} of {s['steps']}", flush=True)
-    key = hashlib.sha256((out / "dia.pt").read_bytes()).hexdigest()
+    key = sha256_of(out / "dia.pt")
     stats = load_stats(out / "stats.pt", key, args.passes)
     if stats is None:
         stats = csi_fit(*embed(encoder, data.train, s["shift"], args.passes, device, args.batch_size, "training images"))
@@ -150,16 +156,16 @@ def evaluate(out, args, device):
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
     write(out / "scores.csv", lambda file: csv.writer(file).writerows(
         [("path", "group", "label", "score"), *zip(data.paths, data.groups, labels, scores, strict=True)]))
-    examples(out / "examples.png", data, parts["score"], s, out, device)
-
-    print(f"  AUROC {auroc:.4f}  (95% interval {interval[0]:.3f} to {interval[1]:.3f})  "
-          f"average precision {metrics['average_precision']:.4f}")
+    Log(out, "evaluate", math.inf)(state["step"], show=False, auroc=auroc, auroc_interval_95=interval, passes=args.passes)
+    spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few images for an interval"
+    print(f"  AUROC {auroc:.4f}  ({spread})  average precision {metrics['average_precision']:.4f}")
     print("  parts: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["parts_auroc"].items()))
     if groups:
         print("  within group: " + "  ".join(f"{n} {v:.3f}" for n, v in groups.items())
               + f"  mean {metrics['within_group_mean']:.3f}")
     for name, floor in metrics["floors_auroc"].items():
         print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
+    examples(out / "examples.png", data, parts["score"], s, out, device)
     print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s", flush=True)
     return metrics
 

@@ -19,12 +19,13 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from dia_lib import (
-    Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, contrastive_loss, csi_fit,
-    csi_score, dissolve_view, embed, has_bfloat16, load_checkpoint, load_data, make_views, parse_training, pick_device,
-    report_time, run, save_checkpoint, step_generator, synthetic_defects, to_float, training_flags,
+    Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights,
+    contrastive_loss, csi_fit, csi_score, dissolve_view, embed, has_bfloat16, load_checkpoint, load_data, make_views,
+    parse_training, pick_device, report_time, run, save_checkpoint, sha256_of, step_generator, synthetic_defects,
+    to_float, training_flags,
 )
 
-QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw", lr=1e-3)
+QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw")
 MODES = ["diffusion", "residual", "gaussian", "median", "resize", "copy", "none"]
 
 
@@ -45,7 +46,7 @@ def arguments(argv=None):
                         help="an image's own dissolved view in the loss's denominator (default: negative)")
     method.add_argument("--crop-min", type=float, default=0.08, help="smallest area of the resized crop (default: 0.08)")
     method.add_argument("--optimizer", choices=["lars", "adamw"], default="lars", help="(default: lars, the paper's code)")
-    method.add_argument("--lr", type=float, default=1.0, help="highest learning rate (default: 1.0, for LARS)")
+    method.add_argument("--lr", type=float, help="highest learning rate (default: LARS 1.0, AdamW 1e-3)")
     args, state = parse_training(parser, "dia", QUICK, argv)
     if args.t_range and not 0 <= args.t_range[0] < args.t_range[1] <= 1000:
         raise SystemExit(f"--t-range {args.t_range[0]} {args.t_range[1]}: needs 0 <= A < B <= 1000.")
@@ -57,7 +58,7 @@ def arguments(argv=None):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive SGD, You et al. 2017, arXiv:1708.03888, Eq. 6, as torchlars has it (the paper's optimizer).
+    """Layer-wise adaptive SGD, You et al. 2017, arXiv:1708.03888, Alg. 1, as torchlars has it (the paper's optimizer).
 
     Local rate = trust * |w| / (|g| + weight_decay * |w|), 1 where a norm is 0; then SGD with momentum.
     """
@@ -112,6 +113,8 @@ def validate(encoder, train, held, shift, device):
     """
     stats = csi_fit(*embed(encoder, train[:512], shift, 2, device))
     z, logits = embed(encoder, held, shift, 2, device)
+    if not z.isfinite().all():
+        raise SystemExit("the embeddings of held-out images are not finite: training has diverged. Try a smaller --lr.")
     normal, row = csi_score(stats, z, logits), {}
     for i, kind in enumerate(("line", "patch")):
         generator = step_generator("cpu", 0, "synthetic defects", i)
@@ -132,28 +135,32 @@ def main():
     M, channels, size = len(data.train), data.train.shape[1], data.train.shape[-1]
     check_batch(args.batch_size, M)
     if args.image_size and args.image_size != size:
-        raise SystemExit(f"--image-size {args.image_size}: the images are {size} px and would only be enlarged; "
-                         f"use {size} or less.")
+        print(f"note: the images are {size} px; they are not enlarged to {args.image_size}")
     if size % 2:
         raise SystemExit(f"--image-size {size}: the shifts need an even number; use {size - 1}.")
     if state and state["settings"]["fingerprint"] != data.fingerprint:
         raise SystemExit(f"--resume: {args.out}/dia.pt was trained on other images than --data {args.data} has now.")
     args.image_size, args.shift = size, args.shift or data.defaults["shift"]
     args.t_range = list(args.t_range or data.defaults["t_range"])
+    args.lr = args.lr or {"lars": 1.0, "adamw": 1e-3}[args.optimizer]
     args.steps = args.steps or 1000 * min(M // args.batch_size, 201)            # the released code's epoch
     stem, views = ("cifar" if size <= 32 else "imagenet"), (2 if args.dissolve == "none" else 3)
     held = data.held[~data.calibration]                                         # the other half is never looked at
 
     # Stage 1
-    unet = abar = None
+    unet = abar = path = None
     dissolve_size = 32
     if args.dissolve in ("diffusion", "residual"):
-        path = Path(args.diffusion) if args.diffusion else args.out / "diffusion.pt"
+        path = Path(args.diffusion or args.out / "diffusion.pt")
         diffusion = load_checkpoint(path, "diffusion", device)
         stage1 = diffusion["settings"]
         if stage1["fingerprint"] != data.fingerprint:
             raise SystemExit(f"{path} was trained on other images than these ({stage1['data']}, --holdout "
                              f"{stage1['holdout']}): use the same --data and --holdout in both stages.")
+        if stage1["channels"] != channels:
+            raise SystemExit(f"{path} has {stage1['channels']} channels, these images have {channels}: train stage 1 again.")
+        if state and state["settings"]["diffusion_sha256"] != sha256_of(path):
+            raise SystemExit(f"--resume: {path} is not the stage 1 checkpoint this run was started with; name it by --diffusion.")
         if diffusion["step"] < stage1["steps"]:
             print(f"note: {path} stopped at step {diffusion['step']} of {stage1['steps']}")
         unet = UNet(channels, stage1["dim"]).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
@@ -184,7 +191,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out, "dia", start)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "quick", "diffusion")}
-    settings |= {"channels": channels, "stem": stem, "fingerprint": data.fingerprint, "dissolve_size": dissolve_size}
+    settings |= {"channels": channels, "stem": stem, "fingerprint": data.fingerprint, "dissolve_size": dissolve_size,
+                 "diffusion": path and str(path), "diffusion_sha256": path and sha256_of(path)}
     print(f"stage 2, {data.name}: {M} training and {len(held)} held-out normals, {channels} x {size} px; dissolve "
           f"{args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), shift {args.shift}, twins {args.twins}; batch "
           f"{args.batch_size} x {K} shifts x {views} views = {args.batch_size * K * views} rows, {args.steps} steps, "
@@ -194,7 +202,7 @@ def main():
     # Train
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)       # (V*K*B,)
     report, every = max(1, min(100, args.steps // 20)), max(1, min(2000, args.steps // 4))
-    running, begun = [], time.perf_counter()
+    running, begun, warm = [], time.perf_counter(), 0.0
     bar = tqdm(range(start, args.steps), "stage 2", args.steps, initial=start, unit="image",
                unit_scale=args.batch_size, disable=None)
     for step in bar:
@@ -214,14 +222,18 @@ def main():
         running.append(torch.stack([loss.detach(), contrast.detach()]))
 
         done = step + 1
-        if done == start + 3:
-            report_time(done, args.steps, (time.perf_counter() - begun) / 3, args.quick)
-        if done % report == 0 or done % every == 0 or done == args.steps:       # the only places that wait for the device
+        if done in (start + 2, start + 6):                                      # after warm-up and compilation
+            loss.item()
+            if done == start + 6:
+                report_time(done, args.steps, (time.perf_counter() - warm) / 4, args.quick)
+            warm = time.perf_counter()
+        if done % report == 0 or done % every == 0 or done == args.steps:       # the only places that read results
             values = torch.stack(running).tolist()                              # (steps, 2)
             check_loss([v[0] for v in values], done, optimizer.param_groups[0]["lr"])
             row = readable(z, logits, labels, views)
             bar.set_postfix(loss=f"{values[-1][0]:.3f}", shift_acc=f"{row['shift_acc']:.2f}")
             if done % every == 0 or done == args.steps:
+                check_weights(encoder, done, optimizer.param_groups[0]["lr"])
                 row |= validate(encoder, data.train, held, args.shift, device) if len(held) > 1 else {}
             log(done, loss=sum(v[0] for v in values) / len(values), contrastive=sum(v[1] for v in values) / len(values),
                 **row, lr=optimizer.param_groups[0]["lr"], seconds=round(time.perf_counter() - begun, 1))

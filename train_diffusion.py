@@ -14,8 +14,8 @@ from torch.nn.functional import l1_loss
 from tqdm import tqdm
 
 from dia_lib import (
-    Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, dissolve, fit_to, has_bfloat16, load_data,
-    parse_training, pick_device, q_sample, report_time, run, save_checkpoint, save_grid, step_generator, to_01,
+    Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights, dissolve, fit_to, has_bfloat16,
+    load_data, parse_training, pick_device, q_sample, report_time, run, save_checkpoint, save_grid, step_generator, to_01,
     to_float, to_pm1, training_flags, update_ema,
 )
 
@@ -64,8 +64,10 @@ def held_out_losses(unet, held, abar):
 
 def change(unet, x, abar):
     """Grey levels (of 255) by which dissolving at t = 30, 50, ... 110 changes each image of x, (n,)."""
-    steps = [torch.full((len(x),), t, device=x.device) for t in range(30, 130, 20)]
-    return torch.stack([(dissolve(unet, x, t, abar) - x).abs().mean((1, 2, 3)) for t in steps]).mean(0) * 127.5
+    def one(x, t):
+        return (dissolve(unet, x, torch.full((len(x),), t, device=x.device), abar) - x).abs().mean((1, 2, 3))   # (b,)
+
+    return torch.cat([torch.stack([one(xb, t) for t in range(30, 130, 20)]).mean(0) for xb in x.split(64)]) * 127.5
 
 
 def picture(path, unet, train, held, abar):
@@ -128,7 +130,7 @@ def main():
 
     # Train
     every = max(1, min(2500, args.steps // 4))                              # steps between reports and checkpoints
-    running, begun = [], time.perf_counter()
+    running, losses, begun, warm = [], [], time.perf_counter(), 0.0
     bar = tqdm(range(start, args.steps), "stage 1", args.steps, initial=start, unit="image",
                unit_scale=args.batch_size, disable=None)
     for step in bar:
@@ -148,31 +150,37 @@ def main():
         running.append(loss.detach())
 
         done = step + 1
-        if done == start + 3:
-            report_time(done, args.steps, (time.perf_counter() - begun) / 3, args.quick)
-        if done % 20 == 0 or done % every == 0 or done == args.steps:       # the only places that wait for the device
+        if done in (start + 2, start + 6):                                  # after warm-up and compilation
+            loss.item()
+            if done == start + 6:
+                report_time(done, args.steps, (time.perf_counter() - warm) / 4, args.quick)
+            warm = time.perf_counter()
+        if done % 20 == 0 or done % every == 0 or done == args.steps:       # the only places that read results
             values = torch.stack(running).tolist()
             check_loss(values, done, args.lr)
             bar.set_postfix(loss=f"{values[-1]:.4f}")
+            losses += values
+            running = []
         if done % every == 0 or done == args.steps:
-            log(done, loss=sum(values) / len(values), seconds=round(time.perf_counter() - begun, 1), zero=ZERO,
+            check_weights(unet, done, args.lr)
+            log(done, loss=sum(losses) / len(losses), seconds=round(time.perf_counter() - begun, 1), zero=ZERO,
                 **({f"held_t{a}-{b - 1}": v for (a, b), v in zip(BINS, held_out_losses(ema, held, abar), strict=True)}
                    if len(held) else {}))
-            picture(args.out / "dissolving.png", ema, prepare(train[:4].cpu()), held, abar)
+            picture(args.out / "dissolving.png", ema, prepare(train[:4]), held, abar)
             save_checkpoint(args.out / "diffusion.pt", "diffusion", settings, {
                 "step": done, "unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
-            running = []
+            losses = []
 
     # Has it memorised its training images? Then it no longer dissolves them.
-    on_train = change(ema, prepare(train[:max(len(held), 32)].cpu()), abar)
-    on_held = change(ema, held, abar) if len(held) else on_train
-    noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt().item()
-    train_change, held_change = on_train.mean().item(), on_held.mean().item()
-    log(args.steps, change_train=train_change, change_held=held_change)
-    print(f"dissolving changes training images by {train_change:.2f} grey levels, held-out ones by {held_change:.2f}")
-    if train_change < held_change - 2 * noise:
-        print("it changes training images less: the model has begun to memorise them, so stage 1 is too long; "
-              "use fewer --steps")
+    on_train = change(ema, prepare(train[:max(len(held), 32)]), abar)
+    if len(held) > 1:
+        on_held = change(ema, held, abar)
+        log(args.steps, change_train=on_train.mean().item(), change_held=on_held.mean().item())
+        print(f"dissolving changes training images by {on_train.mean():.2f} grey levels, held-out ones by {on_held.mean():.2f}")
+        noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt()          # of the difference
+        if on_train.mean() < on_held.mean() - 2 * noise:
+            print("it changes training images less: the model has begun to memorise them, so stage 1 is too long; "
+                  "use fewer --steps")
     print(f"stage 1 done: {args.out}/diffusion.pt, picture in {args.out}/dissolving.png")
 
 

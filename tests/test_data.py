@@ -89,6 +89,10 @@ def test_rgb_files_without_colour_are_grey(tmp_path):
     for i in range(3):
         Image.fromarray(np.stack([texture(np.random.default_rng(i), 20)] * 3, 2)).save(tmp_path / f"train/good/{i}.png")
     assert load_data(str(tmp_path), 16, ("train",), holdout=0).train.shape == (3, 1, 16, 16)
+    speck = np.full((200, 200, 3), 90, np.uint8)
+    speck[0, 0, 0] = 93                                                     # colour that vanishes at 16 px is colour still
+    Image.fromarray(speck).save(tmp_path / "train/good/speck.png")
+    assert load_data(str(tmp_path), 16, ("train",), holdout=0).train.shape == (4, 3, 16, 16)
 
 
 def test_npz_in_medmnist_format(tmp_path):
@@ -174,7 +178,11 @@ def test_wrong_npz(tmp_path):
     volume = medmnist(tmp_path / "b.npz", train_images=np.zeros((3, 8, 8, 8), np.uint8))
     assert "2-D images" in sentence(str(volume), normal_class="0")
     labels = medmnist(tmp_path / "c.npz", train_labels=np.zeros((30, 14), np.uint8))
-    assert "one label for each image" in sentence(str(labels), normal_class="0")
+    assert "one integer for each of 30 images" in sentence(str(labels), normal_class="0")
+    for wrong in (np.array(3), np.array(["a"] * 30), np.full(30, np.nan)):
+        assert "one integer" in sentence(str(medmnist(tmp_path / "h.npz", train_labels=wrong)), normal_class="0")
+    empty = medmnist(tmp_path / "i.npz", train_images=np.zeros((0, 8, 8), np.uint8), train_labels=np.zeros((0, 1), np.uint8))
+    assert "no train image" in sentence(str(empty), normal_class="0")
     objects = tmp_path / "d.npz"
     np.savez(objects, train_images=np.array([{}], dtype=object))
     torn = good.read_bytes()[:5000]

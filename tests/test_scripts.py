@@ -19,7 +19,7 @@ import train_diffusion
 
 ROOT = Path(__file__).parent.parent
 STAGE1 = ["--steps", "4", "--batch-size", "8", "--dim", "8", "--lr", "1e-3", "--holdout", "0.3"]
-STAGE2 = ["--steps", "4", "--batch-size", "4", "--image-size", "32", "--optimizer", "adamw", "--lr", "1e-3", "--holdout", "0.3"]
+STAGE2 = ["--steps", "4", "--batch-size", "4", "--image-size", "40", "--optimizer", "adamw", "--lr", "1e-3", "--holdout", "0.3"]
 
 
 def call(module, *args):
@@ -77,7 +77,7 @@ def test_every_mode_trains_and_is_evaluated(mode, chain, folder, tmp_path, capsy
     assert call(train_dia, "--data", folder, "--out", tmp_path, "--dissolve", mode, "--twins", "excluded", *stage2, *args) is None
     assert call(evaluate, "--out", tmp_path, "--passes", 1) is None
     assert (tmp_path / "examples.png").exists()
-    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert ("sim_twin" in row) == (mode != "none")
 
 
@@ -118,8 +118,11 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, extra, chain, fol
         with pytest.raises(Stop):
             call(module, *extra)
     assert torch.load(out / f"{kind}.pt", weights_only=True)["step"] == 2
-    resume = ["--resume", "--data", folder, "--out", out] + (extra[-2:] if kind == "dia" else [])
-    assert call(module, *resume) is None                                    # the settings come from the checkpoint
+    resume = ["--resume", "--data", folder, "--out", out]                   # the settings come from the checkpoint
+    if kind == "dia":                                                       # and so does the stage 1 it was started with
+        assert call(train_diffusion, "--data", folder, "--out", tmp_path / "other", *STAGE1, "--seed", "9") is None
+        assert "--resume" in call(module, *resume, "--diffusion", tmp_path / "other/diffusion.pt")
+    assert call(module, *resume) is None
     whole = tmp_path / "whole"
     assert call(module, *[whole if a == out else a for a in extra]) is None
 
@@ -162,6 +165,7 @@ def test_wrong_training_flags(folder, tmp_path, chain):
         (train_diffusion, [*new, "--holdout", "1"], "below 1"),
         (train_diffusion, [*new, "--steps", "0"], "at least 1"),
         (train_diffusion, [*new, "--seed", "-1"], "from 0 on"),
+        (train_diffusion, [*new, "--lr", "-1"], "above 0"),
         (train_diffusion, [*new, "--resume"], "nothing to resume"),
         (train_diffusion, ["--data", "no/such/path", "--out", tmp_path / "new"], "no such folder"),
         (train_dia, [*new, *STAGE2], "Run train_diffusion.py"),
@@ -186,10 +190,37 @@ def test_wrong_training_flags(folder, tmp_path, chain):
     assert not (tmp_path / "new").exists()
 
 
-def test_npz_is_never_enlarged(tmp_path):
-    path = medmnist(tmp_path / "pneumoniamnist_mini.npz")
-    code = call(train_dia, "--data", path, "--out", tmp_path / "run", *STAGE2, "--image-size", "64", "--dissolve", "none")
-    assert "28 px" in code
+def test_quick_on_a_small_npz_does_not_enlarge_it(tmp_path, capsys):
+    args = ["--data", medmnist(tmp_path / "pneumoniamnist_mini.npz"), "--out", tmp_path / "run", "--quick", "--steps", "2"]
+    assert call(train_diffusion, *args, "--dim", "8") is None
+    assert call(train_dia, *args) is None
+    assert "28 px" in capsys.readouterr().out
+    settings = torch.load(tmp_path / "run/dia.pt", weights_only=True)["settings"]
+    assert (settings["image_size"], settings["optimizer"], settings["lr"]) == (28, "adamw", 1e-3)
+
+
+def test_colour_images_few_of_each_and_none_held_out(tmp_path, capsys):
+    """RGB, 8 training images, no held-out ones, one anomaly: everything runs, and says what it could not do."""
+    rng, root = np.random.default_rng(0), tmp_path / "set"
+    for name, count in (("train/good", 8), ("test/good", 3), ("test/bad", 1)):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 255, (24, 30, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    args = ["--data", root, "--out", tmp_path / "run", "--holdout", "0", "--steps", "2", "--batch-size", "4"]
+    assert call(train_diffusion, *args, "--dim", "8") is None
+    assert "held-out ones by" not in capsys.readouterr().out
+    assert call(train_dia, *args, "--image-size", "32") is None
+    assert call(evaluate, "--out", tmp_path / "run", "--passes", 1) is None
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["auroc_interval_95"] is None
+    assert "too few images" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run/dia.pt", weights_only=True)["settings"]["channels"] == 3
+
+
+def test_a_torn_log_line_is_dropped(folder, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"stage": "dia", "step": 1}\n{"stage": "diffusion", "step": 9}\n{"stage": "dif')
+    assert call(train_diffusion, "--data", folder, "--out", tmp_path, *STAGE1, "--steps", "1") is None
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in rows[:2]] == [("dia", 1), ("diffusion", 1)]
 
 
 def test_wrong_checkpoints(chain, folder, tmp_path):
@@ -221,9 +252,12 @@ def test_test_set_with_one_label_only(tmp_path, folder):
     assert not (tmp_path / "run/metrics.json").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
-    code = call(train_dia, "--data", folder, "--out", tmp_path, *STAGE2, "--dissolve", "none", "--lr", "1e30", "--steps", "8")
-    assert "step" in code and "learning rate" in code and not (tmp_path / "dia.pt").exists()
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_loss_or_weight_that_is_not_finite_stops_the_run(steps, folder, tmp_path):
+    """Found in the loss (8 steps: after two), or in the embeddings before they are saved (4 steps: after one)."""
+    args = [*STAGE2, "--dissolve", "none", "--lr", "1e30", "--steps", steps]
+    code = call(train_dia, "--data", folder, "--out", tmp_path, *args)
+    assert "finite" in code and "smaller --lr" in code and not (tmp_path / "dia.pt").exists()
 
 
 def test_a_mistake_at_the_shell_ends_with_one_line_and_exit_code_1():
