@@ -22,10 +22,12 @@ import os
 import re
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -781,17 +783,23 @@ def synthetic_defects(images, kind, generator):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path, kind, settings, state):
-    """Write {kind, settings, **state} whole or not at all: to a temporary name, synced, then renamed."""
+@contextmanager
+def whole(path):
+    """Give a temporary path to write to; it becomes `path` when the block ends, or nothing does if it fails."""
     temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"kind": kind, "settings": {**settings, "format": 1}, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, kind, settings, state):
+    """Write {kind, settings, **state} whole or not at all, synced to disk."""
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        torch.save({"kind": kind, "settings": {**settings, "format": 1}, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path, kind, device):
@@ -925,9 +933,8 @@ class Log:
         kept = [line for line in lines if line.endswith("\n")                          # a last line may be torn
                 and ((row := json.loads(line))["stage"] != stage or row["step"] <= step)]
         if kept != lines:
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, self.path)
+            with whole(self.path) as temporary:
+                temporary.write_text("".join(kept))
 
     def __call__(self, step, show=True, **values):
         with open(self.path, "a") as file:
@@ -951,12 +958,23 @@ def check_weights(model, done, lr):
         raise SystemExit(f"a weight is not finite after step {done} (learning rate {lr:.3g}). Try a smaller --lr.")
 
 
-def report_time(step, steps, seconds, quick):
-    """Print once how long a run will take; name --quick if that is over 12 hours."""
-    total = seconds * (steps - step)
+def report_time(done, start, steps, loss, warm, quick):
+    """Print once, 6 steps after start, how long a run will take; name --quick if that is over 12 hours.
+
+    Called after every step, with the last loss to wait for. Timed are the 4 steps after the first 2, which warm up and
+    compile: returns the clock of the first of these two moments, to be passed in as `warm` again.
+    """
+    if done not in (start + 2, start + 6):
+        return warm
+    loss.item()
+    if done == start + 2:
+        return time.perf_counter()
+    seconds = (time.perf_counter() - warm) / 4
+    total = seconds * (steps - done)
     text = f"{total / 3600:.1f} hours" if total > 5400 else f"{total / 60:.1f} minutes"
     hint = "; --quick takes minutes" if total > 12 * 3600 and not quick else ""
     tqdm.write(f"estimated time: {text} ({seconds:.2f} s a step){hint}")
+    return warm
 
 
 def save_grid(path, rows, captions, scale=1, names=None):
@@ -975,8 +993,8 @@ def save_grid(path, rows, captions, scale=1, names=None):
         draw.text((left + 4 + i * (H * scale + 2), 2), caption, fill="black")
     for i, name in enumerate(names or []):
         draw.text((4, 16 + i * (H * scale + 2) + H * scale // 2 - 6), name, fill="black")
-    picture.save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)
+    with whole(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def run(main):

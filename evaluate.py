@@ -11,7 +11,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import statistics
 import time
 import warnings
@@ -24,7 +23,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_lib import (
     Encoder, K, Log, UNet, alpha_bar, csi_fit, csi_parts, csi_score, data_name, dissolve_view, embed, fit_to, load_checkpoint,
-    load_data, pick_device, run, save_checkpoint, save_grid, sha256_of, shared_flags, to_float,
+    load_data, pick_device, run, save_checkpoint, save_grid, sha256_of, shared_flags, to_float, whole,
 )
 
 
@@ -183,9 +182,8 @@ def load_stats(path, key, passes):
 
 def write(path, writer):
     """Write a text file whole or not at all."""
-    with open(f"{path}.tmp", "w", newline="") as file:
+    with whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer(file)
-    os.replace(f"{path}.tmp", path)
 
 
 def main():

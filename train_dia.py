@@ -148,18 +148,18 @@ def main():
     held = data.held[~data.calibration]                                         # the other half is never looked at
 
     # Stage 1
-    unet = abar = path = None
+    unet = abar = path = digest = None
     dissolve_size = 32
     if args.dissolve in ("diffusion", "residual"):
         path = Path(args.diffusion or args.out / "diffusion.pt")
-        diffusion = load_checkpoint(path, "diffusion", device)
+        diffusion, digest = load_checkpoint(path, "diffusion", device), sha256_of(path)
         stage1 = diffusion["settings"]
         if stage1["fingerprint"] != data.fingerprint:
             raise SystemExit(f"{path} was trained on other images than these ({stage1['data']}, --holdout "
                              f"{stage1['holdout']}): use the same --data and --holdout in both stages.")
         if stage1["channels"] != channels:
             raise SystemExit(f"{path} has {stage1['channels']} channels, these images have {channels}: train stage 1 again.")
-        if state and state["settings"]["diffusion_sha256"] != sha256_of(path):
+        if state and state["settings"]["diffusion_sha256"] != digest:
             raise SystemExit(f"--resume: {path} is not the stage 1 checkpoint this run was started with; name it by --diffusion.")
         if diffusion["step"] < stage1["steps"]:
             print(f"note: {path} stopped at step {diffusion['step']} of {stage1['steps']}")
@@ -192,7 +192,7 @@ def main():
     log = Log(args.out, "dia", start)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "quick", "diffusion")}
     settings |= {"channels": channels, "stem": stem, "fingerprint": data.fingerprint, "dissolve_size": dissolve_size,
-                 "diffusion": path and str(path), "diffusion_sha256": path and sha256_of(path)}
+                 "diffusion": path and str(path), "diffusion_sha256": digest}
     print(f"stage 2, {data.name}: {M} training and {len(held)} held-out normals, {channels} x {size} px; dissolve "
           f"{args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), shift {args.shift}, twins {args.twins}; batch "
           f"{args.batch_size} x {K} shifts x {views} views = {args.batch_size * K * views} rows, {args.steps} steps, "
@@ -222,11 +222,7 @@ def main():
         running.append(torch.stack([loss.detach(), contrast.detach()]))
 
         done = step + 1
-        if done in (start + 2, start + 6):                                      # after warm-up and compilation
-            loss.item()
-            if done == start + 6:
-                report_time(done, args.steps, (time.perf_counter() - warm) / 4, args.quick)
-            warm = time.perf_counter()
+        warm = report_time(done, start, args.steps, loss, warm, args.quick)
         if done % report == 0 or done % every == 0 or done == args.steps:       # the only places that read results
             values = torch.stack(running).tolist()                              # (steps, 2)
             check_loss([v[0] for v in values], done, optimizer.param_groups[0]["lr"])

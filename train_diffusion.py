@@ -150,11 +150,7 @@ def main():
         running.append(loss.detach())
 
         done = step + 1
-        if done in (start + 2, start + 6):                                  # after warm-up and compilation
-            loss.item()
-            if done == start + 6:
-                report_time(done, args.steps, (time.perf_counter() - warm) / 4, args.quick)
-            warm = time.perf_counter()
+        warm = report_time(done, start, args.steps, loss, warm, args.quick)
         if done % 20 == 0 or done % every == 0 or done == args.steps:       # the only places that read results
             values = torch.stack(running).tolist()
             check_loss(values, done, args.lr)
@@ -172,8 +168,8 @@ def main():
             losses = []
 
     # Has it memorised its training images? Then it no longer dissolves them.
-    on_train = change(ema, prepare(train[:max(len(held), 32)]), abar)
     if len(held) > 1:
+        on_train = change(ema, prepare(train[:max(len(held), 32)]), abar)
         on_held = change(ema, held, abar)
         log(args.steps, change_train=on_train.mean().item(), change_held=on_held.mean().item())
         print(f"dissolving changes training images by {on_train.mean():.2f} grey levels, held-out ones by {on_held.mean():.2f}")
