@@ -9,20 +9,22 @@ Needs the diffusion.pt of train_diffusion.py. Writes OUT/dia.pt and OUT/log.json
 """
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from dia_lib import (
-    Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights,
-    contrastive_loss, csi_fit, csi_score, dissolve_view, embed, has_bfloat16, load_checkpoint, load_data, make_views,
-    parse_training, pick_device, report_time, run, save_checkpoint, sha256_of, step_generator, synthetic_defects,
-    to_float, training_flags,
+    Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, cache_path, check_batch, check_loss, check_weights,
+    contrastive_loss, csi_fit, csi_score, dissolve_small, dissolve_view, embed, fit_back, fit_to, load_checkpoint,
+    load_data, make_views, parse_training, pick_device, place, precision, report_time, run, save_checkpoint, send,
+    sha256_of, step_generator, synthetic_defects, to_float, training_flags, whole,
 )
 
 QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw")
@@ -41,6 +43,8 @@ def arguments(argv=None):
                         help="how the third view is made; none is CSI (default: diffusion)")
     method.add_argument("--t-range", type=int, nargs=2, metavar=("A", "B"),
                         help="diffusion steps t are drawn from [A, B) for each image (default: 30 130, Sec. 4.1)")
+    method.add_argument("--bank", type=int, metavar="S", default=0, help="for long runs: dissolve S versions of each image "
+                        "once, then draw from them (default: 0, dissolve anew in each step)")
     method.add_argument("--shift", choices=["rotate", "perm"], help="shifting transformation (default: rotate; elpv: perm)")
     method.add_argument("--twins", choices=["negative", "excluded"], default="negative",
                         help="an image's own dissolved view in the loss's denominator (default: negative)")
@@ -50,6 +54,8 @@ def arguments(argv=None):
     args, state = parse_training(parser, "dia", QUICK, argv)
     if args.t_range and not 0 <= args.t_range[0] < args.t_range[1] <= 1000:
         raise SystemExit(f"--t-range {args.t_range[0]} {args.t_range[1]}: needs 0 <= A < B <= 1000.")
+    if args.bank < 0 or args.bank % 2:
+        raise SystemExit(f"--bank {args.bank}: needs an even number (half of the versions are flipped), or 0 for none.")
     if not 0 < args.crop_min <= 1:
         raise SystemExit(f"--crop-min {args.crop_min}: needs a share above 0, up to 1.")
     if args.image_size is not None and (args.image_size < 8 or args.image_size % 2):
@@ -71,14 +77,18 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             grads = [p.grad for p in params]
-            w_norms, g_norms = torch._foreach_norm(params), torch._foreach_norm(grads)
-            for p, g, w, n in zip(params, grads, w_norms, g_norms, strict=True):
-                local = group["trust"] * w / (n + group["weight_decay"] * w + 1e-8)
-                local = torch.where((w > 0) & (n > 0), local, 1.0)
-                update = (g + group["weight_decay"] * p) * local
+            for p in params:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                p.sub_(group["lr"] * self.state[p]["momentum"].mul_(group["momentum"]).add_(update))
+            momentum = [self.state[p]["momentum"] for p in params]
+            w, g = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))    # (parameters,)
+            local = group["trust"] * w / (g + group["weight_decay"] * w + 1e-8)
+            local = torch.where((w > 0) & (g > 0), local, 1.0)
+            update = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            torch._foreach_mul_(update, list(local.unbind()))
+            torch._foreach_mul_(momentum, group["momentum"])
+            torch._foreach_add_(momentum, update)
+            torch._foreach_add_(params, momentum, alpha=-group["lr"])
 
 
 def learning_rate(step, steps, peak, optimizer):
@@ -87,6 +97,36 @@ def learning_rate(step, steps, peak, optimizer):
     if step < warm:
         return peak * (low + (1 - low) * (step + 1) / warm)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+@torch.no_grad()
+def make_bank(path, unet, images, channels, slots, t_range, abar, size, seed, device):
+    """Dissolve `slots` versions of every training image once: uint8 (M, slots/2, 2, C, size, size), memory-mapped.
+
+    [m, s, 1] is of the flipped image. Its t is drawn from the s-th of slots/2 equal parts of t_range, so that each image
+    has them all; t is a function of (seed, m, s, flip), and batches are fixed, so that a resumed run makes the same bank.
+    """
+    if not path.exists():
+        u = torch.rand(len(images), slots // 2, 2, generator=step_generator("cpu", seed, "bank", 0))
+        part = (torch.arange(slots // 2)[:, None] + u) / (slots // 2)                               # (M, slots/2, 2)
+        t = t_range[0] + (part * (t_range[1] - t_range[0])).long().clamp(max=t_range[1] - t_range[0] - 1)
+        with whole(path) as temporary:
+            bank = np.lib.format.open_memmap(temporary, "w+", np.uint8, (*t.shape, channels, size, size))
+            for i in tqdm(range(0, len(images), 64), "dissolving", unit="image", unit_scale=64, disable=None, leave=False):
+                x = fit_to(to_float(images[i:i + 64], channels, device), size)                      # (64, C, size, size)
+                for s, flip in itertools.product(range(slots // 2), range(2)):
+                    y = dissolve_small(unet, x.flip(-1) if flip else x, t[i:i + 64, s, flip].to(device), abar, "diffusion")
+                    bank[i:i + 64, s, flip] = (y * 255).round().to(torch.uint8).cpu()
+            bank.flush()
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def draw_from(bank, rows, flip, generator, device):
+    """One dissolved version (B, C, size, size) in [0, 1] of each of the images rows (B,), flipped where flip (B, 1, 1, 1)."""
+    slot = torch.randint(bank.shape[1], rows.shape, generator=generator)
+    y = bank[send(rows, bank.device), send(slot, bank.device)]                                      # (B, 2, C, size, size)
+    y = to_float(y.flatten(0, 1), bank.shape[3], device).unflatten(0, (-1, 2))
+    return torch.where(flip, y[:, 1], y[:, 0])
 
 
 @torch.no_grad()
@@ -185,9 +225,8 @@ def main():
         start = state["step"]
         if start == args.steps:
             raise SystemExit(f"{args.out}/dia.pt has all its {args.steps} steps already; nothing to do.")
-    forward, third = encoder, unet
-    if compiled:
-        forward, third = torch.compile(encoder), unet and torch.compile(unet)
+    forward = torch.compile(encoder) if compiled else encoder
+    unet = torch.compile(unet) if compiled and unet else unet
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out, "dia", start)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "quick", "diffusion")}
@@ -197,7 +236,14 @@ def main():
           f"{args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), shift {args.shift}, twins {args.twins}; batch "
           f"{args.batch_size} x {K} shifts x {views} views = {args.batch_size * K * views} rows, {args.steps} steps, "
           f"{args.optimizer} lr {args.lr:g}, seed {args.seed}; {device}, "
-          f"{'bfloat16' if has_bfloat16(device) else 'float32'}, torch {torch.__version__}", flush=True)
+          f"{precision(device)}, torch {torch.__version__}", flush=True)
+
+    # Images, and dissolved images, where the batches come from
+    train, bank = place(data.train, device), None
+    if args.bank and unet:
+        file = cache_path(["bank", digest, data.fingerprint, size, args.bank, args.t_range, args.seed])
+        bank = make_bank(file, unet, train, channels, args.bank, args.t_range, abar, dissolve_size, args.seed, device)
+        bank = place(bank, device)
 
     # Train
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)       # (V*K*B,)
@@ -207,10 +253,17 @@ def main():
                unit_scale=args.batch_size, disable=None)
     for step in bar:
         generator = step_generator(device, args.seed, "dia", step)
-        x = to_float(data.train[batch_indices(M, args.batch_size, args.seed, step)], channels, device)  # (B, C, H, W)
-        t = torch.randint(*args.t_range, (len(x),), generator=generator, device=device)                 # (B,)
-        x = make_views(x, views, args.shift, (args.crop_min, 1.0), generator,
-                       lambda x3, t=t: dissolve_view(third, x3, t, abar, dissolve_size, args.dissolve))  # (V*K*B, C, H, W)
+        rows = batch_indices(M, args.batch_size, args.seed, step)
+        x = to_float(train[send(rows, train.device)], channels, device)                             # (B, C, H, W)
+        t = torch.randint(*args.t_range, (len(x),), generator=generator, device=device)             # (B,)
+
+        def third_view(x3, flip, step=step, rows=rows, t=t):
+            if bank is None:
+                return dissolve_view(unet, x3, t, abar, dissolve_size, args.dissolve)
+            y = draw_from(bank, rows, flip, step_generator("cpu", args.seed, "slots", step), device)
+            return fit_back(y, x3, args.dissolve)
+
+        x = make_views(x, views, args.shift, (args.crop_min, 1.0), generator, third_view)           # (V*K*B, C, H, W)
         with autocast(device):
             z, logits = forward(x)                                              # (V*K*B, D), (V*K*B, K)
         contrast = contrastive_loss(z, views, twins=args.twins)
@@ -230,7 +283,7 @@ def main():
             bar.set_postfix(loss=f"{values[-1][0]:.3f}", shift_acc=f"{row['shift_acc']:.2f}")
             if done % every == 0 or done == args.steps:
                 check_weights(encoder, done, optimizer.param_groups[0]["lr"])
-                row |= validate(encoder, data.train, held, args.shift, device) if len(held) > 1 else {}
+                row |= validate(encoder, train, held, args.shift, device) if len(held) > 1 else {}
             log(done, loss=sum(v[0] for v in values) / len(values), contrastive=sum(v[1] for v in values) / len(values),
                 **row, lr=optimizer.param_groups[0]["lr"], seconds=round(time.perf_counter() - begun, 1))
             running = []

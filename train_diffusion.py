@@ -14,9 +14,9 @@ from torch.nn.functional import l1_loss
 from tqdm import tqdm
 
 from dia_lib import (
-    Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights, dissolve, fit_to, has_bfloat16,
-    load_data, parse_training, pick_device, q_sample, report_time, run, save_checkpoint, save_grid, step_generator, to_01,
-    to_float, to_pm1, training_flags, update_ema,
+    Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights, dissolve, fit_to,
+    load_data, parse_training, pick_device, precision, q_sample, report_time, run, save_checkpoint, save_grid, send,
+    step_generator, to_01, to_float, to_pm1, training_flags, update_ema,
 )
 
 QUICK = dict(dim=32, steps=400, batch_size=16, lr=1e-3)
@@ -126,7 +126,7 @@ def main():
     print(f"stage 1, {data.name}: {n} training and {len(held)} held-out normals, {channels} x {args.dissolve_size} px; "
           f"UNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters; batch {args.batch_size}, "
           f"{args.steps} steps, lr {args.lr:g}, seed {args.seed}; {device}, "
-          f"{'bfloat16' if has_bfloat16(device) else 'float32'}, torch {torch.__version__}", flush=True)
+          f"{precision(device)}, torch {torch.__version__}", flush=True)
 
     # Train
     every = max(1, min(2500, args.steps // 4))                              # steps between reports and checkpoints
@@ -135,7 +135,7 @@ def main():
                unit_scale=args.batch_size, disable=None)
     for step in bar:
         generator = step_generator(device, args.seed, "diffusion", step)
-        x0 = prepare(train[batch_indices(n, args.batch_size, args.seed, step).to(device)])      # (B, C, H, W)
+        x0 = prepare(train[send(batch_indices(n, args.batch_size, args.seed, step), device)])    # (B, C, H, W)
         flip = torch.rand(len(x0), 1, 1, 1, generator=generator, device=device) < 0.5
         x0 = torch.where(flip, x0.flip(-1), x0)
         t = torch.randint(0, len(abar), (len(x0),), generator=generator, device=device)         # (B,)

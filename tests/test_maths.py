@@ -1,6 +1,7 @@
 """The method against independent oracles: loops, closed forms, other libraries."""
 
 import colorsys
+import contextlib
 import copy
 import math
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import median_filter
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms import functional as TF
 
 import dia_lib as lib
@@ -103,7 +105,7 @@ def test_shift_can_be_read_off_every_view(kind):
     view still shows its own S_k. A flip after a quarter-turn would exchange k = 1 and k = 3."""
     x = torch.zeros(16, 1, 8, 8)
     x[:, :, 0, 0] = x[:, :, 0, -1] = 1
-    views = lib.make_views(x, 3, kind, (1.0, 1.0), torch.Generator().manual_seed(0), dissolve=lambda y: y)
+    views = lib.make_views(x, 3, kind, (1.0, 1.0), torch.Generator().manual_seed(0), dissolve=lambda y, flip: y)
     patterns = lib.shift_views(x[:1], kind)                                     # (K, 1, 8, 8)
     cos = F.normalize(views.flatten(1), dim=1) @ F.normalize(patterns.flatten(1), dim=1).T
     assert torch.equal(cos.argmax(1), torch.arange(4).repeat_interleave(16).repeat(3))
@@ -115,7 +117,7 @@ def test_order_of_views_is_view_then_shift_then_image():
     x = (torch.arange(B) / 10 + 0.2).view(B, 1, 1, 1).expand(B, 1, 8, 8).clone()        # image b is flat, b/10 + 0.2
     seen = []
 
-    def dissolve(y):
+    def dissolve(y, flip):
         seen.append(y.shape)
         return y + 0.05
 
@@ -133,6 +135,14 @@ def test_order_of_views_is_view_then_shift_then_image():
         for k in range(4):
             for b in range(B):
                 assert views[(v * 4 + k) * B + b].mean().item() == pytest.approx(b / 10 + 0.2 + 0.05 * (v == 2), abs=1e-5)
+
+
+def test_dissolving_is_told_which_images_are_flipped():
+    x, seen = rand(20, 1, 8, 8), []
+    lib.make_views(x, 3, "perm", (1, 1), torch.Generator().manual_seed(0), lambda y, flip: seen.append((y, flip)) or y)
+    (y, flip), = seen
+    assert flip.shape == (20, 1, 1, 1) and 4 < flip.sum() < 16
+    assert torch.equal(y, torch.where(flip, x.flip(-1), x))
 
 
 def neutral(n=1, **changes):
@@ -260,6 +270,42 @@ def test_residual_takes_away_only_what_diffusion_took():
     x, t = rand(2, 3, 64, 64), torch.tensor([40, 90])
     assert torch.allclose(lib.dissolve_view(nothing, x, t, torch.ones(1000), 32, "residual"), x, atol=1e-6)
     assert (lib.dissolve_view(nothing, x, t, torch.ones(1000), 32, "diffusion") - x).abs().mean() > 0.05
+
+
+def test_bank_holds_every_image_dissolved_at_every_part_of_the_range(tmp_path):
+    """A "UNet" whose eps is x + (t - 80) / 50, with abar = 1/2, leaves a flat picture of t: 2.5 grey levels a step."""
+    images, abar = torch.randint(0, 256, (70, 1, 8, 8), dtype=torch.uint8), torch.full((1000,), 0.5)
+
+    def unet(x, t):
+        return 2 ** 0.5 * x + ((t - 80) / 50).view(-1, 1, 1, 1)
+
+    args = (images, 1, 8, (30, 130), abar, 8)
+    bank = train_dia.make_bank(tmp_path / "a.npy", unet, *args, 0, torch.device("cpu"))
+    assert bank.shape == (70, 4, 2, 1, 8, 8) and bank.dtype == torch.uint8
+    flat = bank.flatten(3).float()                                          # (70, 4, 2, 64)
+    t = 80 - 50 * (flat.mean(3) / 255 * 2 - 1)
+    part = torch.arange(4).view(1, 4, 1)
+    assert (flat.std(3) < 0.6).all() and (t > 29.5 + 25 * part).all() and (t < 55.5 + 25 * part).all()
+    assert 20 < (t - 30 - 25 * part).round().unique().numel() <= 27        # all of each part, but for rounding
+    again = train_dia.make_bank(tmp_path / "b.npy", unet, *args, 0, torch.device("cpu"))
+    other = train_dia.make_bank(tmp_path / "c.npy", unet, *args, 1, torch.device("cpu"))
+    assert torch.equal(bank, again) and not torch.equal(bank, other)
+    assert torch.equal(train_dia.make_bank(tmp_path / "a.npy", None, *args, 0, torch.device("cpu")), bank)      # read back
+
+
+def test_drawing_from_the_bank_gives_the_flipped_image_where_it_is_flipped(tmp_path):
+    """With a "UNet" that changes nothing, the dissolved view is the image itself, to half a grey level."""
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    bank = train_dia.make_bank(tmp_path / "a.npy", lambda x, t: torch.zeros_like(x), images, 3, 4, (30, 130),
+                               torch.ones(1000), 32, 0, torch.device("cpu"))
+    rows, flip = torch.tensor([4, 1, 1]), torch.tensor([True, False, True]).view(3, 1, 1, 1)
+    y = train_dia.draw_from(bank, rows, flip, torch.Generator().manual_seed(0), torch.device("cpu"))
+    x = images[rows].float() / 255
+    assert torch.allclose(y, torch.where(flip, x.flip(-1), x), atol=0.5 / 255 + 1e-6)
+    big = F.interpolate(y, (64, 64), mode="bilinear", align_corners=False)
+    assert torch.equal(lib.fit_back(y, torch.rand(3, 3, 64, 64), "diffusion"), big)
+    assert torch.equal(lib.fit_back(y, torch.zeros(3, 3, 28, 28), "diffusion"), y[..., 2:30, 2:30])
+    assert torch.equal(lib.fit_back(y, y, "residual"), y)                   # nothing taken away
 
 
 # Contrastive loss ----------------------------------------------------------------------------------------------------
@@ -453,6 +499,64 @@ def test_encoder_learns_in_both_stems_and_keeps_heads_in_float32():
         assert z.shape == (4, 128) and logits.shape == (4, 4) and z.dtype == logits.dtype == torch.float32
         (z.sum() + logits.sum()).backward()
         assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_a_2x2_map_is_convolved_by_one_matrix_with_the_same_result():
+    conv = lib.Conv3x3(5, 7, 3, padding=1, bias=False)
+    x = rand(4, 5, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, x2 = conv.weight.detach().clone().requires_grad_(), x.detach().clone().requires_grad_()
+    y, expected = conv(x), F.conv2d(x2, weight, padding=1)
+    assert torch.allclose(y, expected, atol=1e-6)
+    upstream = rand(*y.shape)
+    (y * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    assert torch.allclose(x.grad, x2.grad, atol=1e-5) and torch.allclose(conv.weight.grad, weight.grad, atol=1e-5)
+    x = rand(4, 5, 6, 4)
+    assert torch.equal(conv(x), F.conv2d(x, conv.weight, padding=1))
+    assert sum(isinstance(m, lib.Conv3x3) for m in lib.Encoder(1).modules()) == 3
+
+
+def test_networks_and_loss_compile_without_a_graph_break():
+    """torch.compile is the default on CUDA; fullgraph=True raises at a break. Traced on the CPU, not translated."""
+    unet, encoder = lib.UNet(1, 8), lib.Encoder(1)
+    labels = torch.arange(4).repeat_interleave(2).repeat(3)
+
+    def loss(x):
+        z, logits = encoder(x)
+        return lib.contrastive_loss(z) + F.cross_entropy(logits, labels)
+
+    x, t = rand(2, 1, 32, 32), torch.tensor([3, 900])
+    with lib.autocast(x.device):
+        compiled = torch.compile(unet, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(x, t), unet(x, t), atol=0.02)
+        x = rand(24, 1, 64, 64)
+        compiled = torch.compile(loss, fullgraph=True, backend="eager")
+        assert compiled(x).item() == pytest.approx(loss(x).item(), rel=0.02)
+
+
+def test_a_step_never_leaves_the_gpu(monkeypatch):
+    """Shapes only, on a pretended CUDA device: a host read, or a tensor left on the CPU, raises here as it would stall there."""
+    class Cuda:                                                             # in place of a torch.Generator("cuda")
+        device = torch.device("cuda")
+
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, device: rand(*shape, device=device))
+    monkeypatch.setattr(lib, "autocast", lambda device: contextlib.nullcontext())
+    with FakeTensorMode():
+        with Cuda.device:
+            encoder, unet, abar = lib.Encoder(3), lib.UNet(3, 8), lib.alpha_bar()
+            x, t, labels = torch.empty(4, 3, 64, 64), torch.zeros(4, dtype=torch.int64), torch.zeros(48, dtype=torch.int64)
+        x = lib.make_views(x, 3, "perm", (0.08, 1), Cuda, lambda y, flip: lib.dissolve_view(unet, y, t, abar, 32, "residual"))
+        z, logits = encoder(x)
+        loss = lib.contrastive_loss(z) + F.cross_entropy(logits, labels)
+        for p in encoder.parameters():
+            p.grad = torch.empty_like(p)
+        train_dia.LARS(encoder.parameters(), 1.0).step()
+        assert loss.device.type == "cuda" and loss.shape == ()
+        with pytest.raises(DataDependentOutputException):                   # so that this test can fail
+            loss.item()
+        with pytest.raises(RuntimeError, match="cpu"):
+            z + torch.zeros(48, 128)
 
 
 def test_synthetic_defects_are_local_and_repeatable():

@@ -98,7 +98,8 @@ def test_npz_of_28_pixels_goes_through_all_stages(tmp_path, capsys):
     assert (settings["stem"], settings["shift"], settings["optimizer"], settings["image_size"]) == ("cifar", "rotate", "lars", 28)
 
 
-@pytest.mark.parametrize("module, kind, extra", [(train_diffusion, "diffusion", STAGE1), (train_dia, "dia", STAGE2)])
+@pytest.mark.parametrize("module, kind, extra", [(train_diffusion, "diffusion", STAGE1), (train_dia, "dia", STAGE2),
+                                                 (train_dia, "dia", [*STAGE2, "--bank", "4", "--dissolve", "residual"])])
 def test_resumed_run_equals_an_uninterrupted_one(module, kind, extra, chain, folder, tmp_path, monkeypatch):
     """Stopped after its checkpoint at step 2 and again with --resume: the same weights, EMA and optimizer, bit for bit,
     and the same log but for the seconds."""
