@@ -73,6 +73,15 @@ def test_unet_keeps_the_shape_and_uses_t():
     assert not torch.allclose(out, unet(x, torch.tensor([5, 900]))[:2], atol=1e-4)
 
 
+def test_attention_equals_the_library():
+    """The written-out softmax against torch's fused one, with the same weights."""
+    attention, x = lib.Attention(64), rand(3, 64, 4, 4)
+    torch.nn.init.normal_(attention.out.weight)
+    qkv = attention.qkv(attention.norm(x)).flatten(2).transpose(1, 2).view(3, 16, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    h = F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(3, 4, 4, 64).permute(0, 3, 1, 2)
+    assert torch.allclose(attention(x), x + attention.out(h), atol=1e-5)
+
+
 def test_ema_forgets_the_initial_weights():
     """After 300 steps less than 1e-6 of the initial weights is left."""
     ema, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
