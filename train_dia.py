@@ -11,7 +11,10 @@ Needs the diffusion.pt of train_diffusion.py. Writes OUT/dia.pt and OUT/log.json
 import argparse
 import itertools
 import math
+import os
+import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +25,9 @@ from tqdm import tqdm
 
 from dia_lib import (
     Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, cache_path, check_batch, check_loss, check_weights,
-    contrastive_loss, csi_fit, csi_score, dissolve_small, dissolve_view, embed, fit_back, fit_to, load_checkpoint,
+    contrastive_loss, csi_fit, csi_score, dissolve_small, dissolve_view, embed, fit_to, load_checkpoint,
     load_data, make_views, parse_training, pick_device, place, precision, report_time, run, save_checkpoint, send,
-    sha256_of, step_generator, synthetic_defects, to_float, training_flags, whole,
+    sha256_of, step_generator, synthetic_defects, to_float, training_flags,
 )
 
 QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw")
@@ -56,6 +59,8 @@ def arguments(argv=None):
         raise SystemExit(f"--t-range {args.t_range[0]} {args.t_range[1]}: needs 0 <= A < B <= 1000.")
     if args.bank < 0 or args.bank % 2:
         raise SystemExit(f"--bank {args.bank}: needs an even number (half of the versions are flipped), or 0 for none.")
+    if args.bank and args.dissolve not in ("diffusion", "residual"):
+        raise SystemExit(f"--bank {args.bank}: --dissolve {args.dissolve} uses no diffusion model, leave --bank out.")
     if not 0 < args.crop_min <= 1:
         raise SystemExit(f"--crop-min {args.crop_min}: needs a share above 0, up to 1.")
     if args.image_size is not None and (args.image_size < 8 or args.image_size % 2):
@@ -110,14 +115,15 @@ def make_bank(path, unet, images, channels, slots, t_range, abar, size, seed, de
         u = torch.rand(len(images), slots // 2, 2, generator=step_generator("cpu", seed, "bank", 0))
         part = (torch.arange(slots // 2)[:, None] + u) / (slots // 2)                               # (M, slots/2, 2)
         t = t_range[0] + (part * (t_range[1] - t_range[0])).long().clamp(max=t_range[1] - t_range[0] - 1)
-        with whole(path) as temporary:
-            bank = np.lib.format.open_memmap(temporary, "w+", np.uint8, (*t.shape, channels, size, size))
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            bank = np.lib.format.open_memmap(f"{scratch}/bank", "w+", np.uint8, (*t.shape, channels, size, size))
             for i in tqdm(range(0, len(images), 64), "dissolving", unit="image", unit_scale=64, disable=None, leave=False):
                 x = fit_to(to_float(images[i:i + 64], channels, device), size)                      # (64, C, size, size)
                 for s, flip in itertools.product(range(slots // 2), range(2)):
                     y = dissolve_small(unet, x.flip(-1) if flip else x, t[i:i + 64, s, flip].to(device), abar, "diffusion")
                     bank[i:i + 64, s, flip] = (y * 255).round().to(torch.uint8).cpu()
             bank.flush()
+            os.replace(f"{scratch}/bank", path)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
@@ -226,22 +232,24 @@ def main():
         if start == args.steps:
             raise SystemExit(f"{args.out}/dia.pt has all its {args.steps} steps already; nothing to do.")
     forward = torch.compile(encoder) if compiled else encoder
-    unet = torch.compile(unet) if compiled and unet else unet
+    unet = torch.compile(unet) if compiled and unet is not None else unet
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out, "dia", start)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "quick", "diffusion")}
     settings |= {"channels": channels, "stem": stem, "fingerprint": data.fingerprint, "dissolve_size": dissolve_size,
                  "diffusion": path and str(path), "diffusion_sha256": digest}
     print(f"stage 2, {data.name}: {M} training and {len(held)} held-out normals, {channels} x {size} px; dissolve "
-          f"{args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), shift {args.shift}, twins {args.twins}; batch "
+          f"{args.dissolve}{f' from a bank of {args.bank}' if args.bank else ''}, t in [{args.t_range[0]}, "
+          f"{args.t_range[1]}), shift {args.shift}, twins {args.twins}; batch "
           f"{args.batch_size} x {K} shifts x {views} views = {args.batch_size * K * views} rows, {args.steps} steps, "
           f"{args.optimizer} lr {args.lr:g}, seed {args.seed}; {device}, "
           f"{precision(device)}, torch {torch.__version__}", flush=True)
 
     # Images, and dissolved images, where the batches come from
     train, bank = place(data.train, device), None
-    if args.bank and unet:
-        file = cache_path(["bank", digest, data.fingerprint, size, args.bank, args.t_range, args.seed])
+    if args.bank:
+        file = cache_path(["bank", 1, digest, zlib.crc32(data.train.numpy()), args.bank, args.t_range, args.seed,
+                           device.type, precision(device)])
         bank = make_bank(file, unet, train, channels, args.bank, args.t_range, abar, dissolve_size, args.seed, device)
         bank = place(bank, device)
 
@@ -258,10 +266,8 @@ def main():
         t = torch.randint(*args.t_range, (len(x),), generator=generator, device=device)             # (B,)
 
         def third_view(x3, flip, step=step, rows=rows, t=t):
-            if bank is None:
-                return dissolve_view(unet, x3, t, abar, dissolve_size, args.dissolve)
-            y = draw_from(bank, rows, flip, step_generator("cpu", args.seed, "slots", step), device)
-            return fit_back(y, x3, args.dissolve)
+            y = None if bank is None else draw_from(bank, rows, flip, step_generator("cpu", args.seed, "slots", step), device)
+            return dissolve_view(unet, x3, t, abar, dissolve_size, args.dissolve, y)
 
         x = make_views(x, views, args.shift, (args.crop_min, 1.0), generator, third_view)           # (V*K*B, C, H, W)
         with autocast(device):

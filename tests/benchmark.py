@@ -1,8 +1,8 @@
 """Where time and memory go. Run by hand on an idle machine; CI does not run it.
 
-    python tests/benchmark.py                           # all sections, about 40 minutes on two cores
+    python tests/benchmark.py                           # all sections but heldout, about half an hour on two cores
     python tests/benchmark.py stage2 --sizes 64         # one section
-    python tests/benchmark.py heldout                   # train our UNet and theirs, compare held-out losses: half an hour more
+    python tests/benchmark.py heldout                   # train our UNet and theirs, compare held-out losses: a quarter of one
 
 Each section prints a table. What is compared runs in turns, a step of one, a step of the other, each in a process of its
 own; times are medians of --repeats steps after two of warm-up, memory is a process's peak. Sections stage1 and heldout need
@@ -76,6 +76,7 @@ def in_turns(sides, repeats, warm=2):
     for name, (build, args) in sides.items():
         pipes[name], end = spawn.Pipe()
         spawn.Process(target=worker, args=(end, build, args), daemon=True).start()
+        end.close()                                                         # so that a worker that dies is noticed
     for _ in range(warm + repeats):
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -132,7 +133,7 @@ def textbook_step(size):
                     begun = time.perf_counter()
                     x = lib.dissolve_view(unet, x, torch.randint(30, 130, (1,)).expand(B), abar, 32, "diffusion")
                     dissolving += time.perf_counter() - begun
-                x = lib.shift_views(x, "perm")[k * B:(k + 1) * B]
+                x = x.roll((size // 2 * (k >= 2), size // 2 * (k % 2)), (-2, -1))
                 rows.append(lib.augment(x, lib.draw_augment(B, (0.08, 1), g)))
         finish_step(encoder, optimizer, torch.cat(rows), encoder)
         return dissolving
@@ -140,43 +141,52 @@ def textbook_step(size):
     return step
 
 
-def our_step(size, slots):
-    """The step of train_dia.py; slots > 0: with a bank."""
+def our_step(size, banked):
+    """The step of train_dia.py, with fresh dissolving or from a bank of 16 versions of each of 1,012 images."""
     encoder = lib.Encoder(1).to(memory_format=torch.channels_last)
     unet = lib.UNet(1).to(memory_format=torch.channels_last).requires_grad_(False).eval()
     abar, g = lib.alpha_bar(), torch.Generator()
-    optimizer, images = train_dia.LARS(encoder.parameters(), 0.1), torch.randint(0, 256, (64, 1, size, size), dtype=torch.uint8)
-    if slots:
-        with tempfile.TemporaryDirectory() as folder:
-            bank = train_dia.make_bank(Path(folder) / "bank", unet, images, 1, slots, (30, 130), abar, 32, 0, CPU)
+    optimizer, images = train_dia.LARS(encoder.parameters(), 0.1), torch.randint(0, 256, (1012, 1, size, size), dtype=torch.uint8)
+    bank = torch.randint(0, 256, (1012, 8, 2, 1, 32, 32), dtype=torch.uint8) if banked else None
     dissolving = [0.0]
 
     def third_view(x, flip):
         begun = time.perf_counter()
-        if slots:
-            y = lib.fit_back(train_dia.draw_from(bank, torch.arange(B), flip, g, CPU), x, "diffusion")
-        else:
-            y = lib.dissolve_view(unet, x, torch.randint(30, 130, (B,)), abar, 32, "diffusion")
+        y = train_dia.draw_from(bank, torch.randperm(1012)[:B], flip, g, CPU) if banked else None
+        x = lib.dissolve_view(unet, x, torch.randint(30, 130, (B,)), abar, 32, "diffusion", y)
         dissolving[0] = time.perf_counter() - begun
-        return y
+        return x
 
     def forward(x):
         with lib.autocast(CPU):
             return encoder(x)
 
     def step():
-        x = lib.to_float(images[torch.randperm(64)[:B]], 1, CPU)
+        x = lib.to_float(images[torch.randperm(1012)[:B]], 1, CPU)
         finish_step(encoder, optimizer, lib.make_views(x, 3, "perm", (0.08, 1), g, third_view), forward)
         return dissolving[0]
 
     return step
 
 
+def bank_making(size):
+    """Four dissolved versions of each of 64 images."""
+    unet = lib.UNet(1).to(memory_format=torch.channels_last).requires_grad_(False).eval()
+    images, abar = torch.randint(0, 256, (64, 1, size, size), dtype=torch.uint8), lib.alpha_bar()
+
+    def step():
+        with tempfile.TemporaryDirectory() as folder:
+            train_dia.make_bank(Path(folder) / "bank", unet, images, 1, 4, (30, 130), abar, 32, 0, CPU)
+
+    return step
+
+
 def stage2(args):
+    lib.Conv3x3.forward = nn.Conv2d.forward                                 # counted as what it stands for; timed elsewhere
     ceiling = max(ceilings(args, quiet=True)[torch.bfloat16])
     rows = []
     for size in args.sizes:
-        sides = {"textbook": (textbook_step, (size,)), "ours": (our_step, (size, 0)), "ours, bank": (our_step, (size, 4))}
+        sides = {"textbook": (textbook_step, (size,)), "ours": (our_step, (size, False)), "ours, bank": (our_step, (size, True))}
         result = in_turns(sides, args.repeats)
         encoder = 3 * 3 * K * B * gmacs(lib.Encoder(1), torch.rand(1, 1, size, size))             # backward: twice forward
         unet = B * gmacs(lib.UNet(1), torch.rand(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64))
@@ -187,6 +197,8 @@ def stage2(args):
                          f"{100 * dissolving / seconds:.1f}%", tflop, f"{100 * tflop / seconds / ceiling:.0f}%", f"{peak:.2f}"])
     table(f"Stage 2: a step of {B} images x {K} shifts x 3 views, grey, UNet dim 64 (chip: {ceiling:.3f} TFLOP/s in bfloat16)",
           ["px", "side", "seconds a step", "x textbook", "of it dissolving, s", "share", "TFLOP", "of the chip", "peak GB"], rows)
+    made = in_turns({"": (bank_making, (args.sizes[0],))}, 3, 1)[""][0] / 256
+    print(f"\nMaking a bank takes {1000 * made:.1f} ms a version; dissolving anew {1000 * result['ours'][1] / B:.1f} ms.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +210,7 @@ def make_unet(name):
     """"ours" or "theirs": dim 64, one channel."""
     if name == "ours":
         return lib.UNet(1)
-    from denoising_diffusion_pytorch import Unet
+    from denoising_diffusion_pytorch import Unet                           # not needed by the other sections
     return Unet(64, channels=1, dim_mults=(1, 2, 4, 8))
 
 
@@ -239,18 +251,20 @@ def stage1(args):
 
 def heldout_run(pipe, name, out, steps, lr):
     train_diffusion.UNet = lambda channels, dim: make_unet(name)
-    sys.argv = ["", "--quick", "--dim", "64", "--steps", str(steps), "--lr", str(lr), "--seed", "10", "--out", out]
+    sys.argv = ["", "--quick", "--device", "cpu", "--dim", "64", "--steps", str(steps), "--lr", str(lr), "--seed", "10", "--out", out]
     train_diffusion.main()
     pipe.send(json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-2]))
 
 
 def heldout(args):
+    make_unet("theirs")                                                     # is it there?
     rows, spawn = [], multiprocessing.get_context("spawn")
     for name in ("ours", "theirs"):
         with tempfile.TemporaryDirectory() as folder:
             pipe, end = spawn.Pipe()
             process = spawn.Process(target=heldout_run, args=(end, name, f"{folder}/run", args.steps, args.lr))
             process.start()
+            end.close()
             row = pipe.recv()
             process.join()
         rows.append([name, args.steps, args.lr, *(f"{v:.4f}" for k, v in row.items() if k.startswith("held_")), row["seconds"]])
@@ -264,14 +278,14 @@ def heldout(args):
 
 
 def nearest(M, Q=1000):
-    """Score Q images against M training images; the parts that evaluate.py needs of them are random."""
-    z, logits = torch.randn(M, K, 128), torch.rand(M, K, K)
-    stats, zq, lq = lib.csi_fit(z, logits), torch.randn(Q, K, 128), torch.rand(Q, K, K)
-    del z, logits
-    before = memory("RssAnon")
+    """Score Q images against M training images, all random; step() returns the memory in GB that this adds at its peak."""
+    stats = {"axis": F.normalize(torch.randn(K, M, 128), dim=2), "w": torch.ones(K), "v": torch.ones(K)}
+    z, logits = torch.randn(Q, K, 128), torch.rand(Q, K, K)
 
     def step():
-        lib.csi_parts(stats, zq, lq)
+        Path("/proc/self/clear_refs").write_text("5")                       # the peak starts anew
+        before = memory("VmRSS")
+        lib.csi_parts(stats, z, logits)
         return memory() - before
 
     return step
@@ -288,8 +302,8 @@ def score(args):
         seconds, _, peak = in_turns({"": (embedding, (size,))}, 3, 1)[""]
         rows.append([f"embed, {size} px, 10 passes x {K} shifts", f"{96 / seconds:.1f} images/s", f"{peak:.2f}"])
     for M in (10 ** 3, 10 ** 4, 10 ** 5):
-        seconds, _, peak = in_turns({"": (nearest, (M,))}, args.repeats)[""]
-        rows.append([f"nearest of {M:,} training images, 1,000 test images", f"{seconds:.2f} s", f"{peak:.2f}"])
+        seconds, added, _ = in_turns({"": (nearest, (M,))}, args.repeats)[""]
+        rows.append([f"nearest of {M:,} training images, 1,000 test images", f"{seconds:.2f} s", f"adds {added:.2f}"])
     table("Stage 3", ["what", "rate", "peak GB"], rows)
 
 

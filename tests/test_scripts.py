@@ -1,6 +1,7 @@
 """The command lines, with tiny budgets: the whole chain, exact resume, and one sentence for each mistake."""
 
 import csv
+import functools
 import json
 import subprocess
 import sys
@@ -143,6 +144,27 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, extra, chain, fol
     assert logs[0] == logs[1]
 
 
+def test_bank_is_used_made_once_and_made_again_where_it_is_lost(chain, folder, tmp_path, monkeypatch):
+    """Other weights than without a bank; the same from the cache as from a bank made anew, compiled or not."""
+    args = ["--data", folder, "--diffusion", chain / "diffusion.pt", *STAGE2]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = {}
+    for name, extra in (("fresh", []), ("made", ["--bank", "4"]), ("cached", ["--bank", "4"]), ("lost", ["--bank", "4"]),
+                        ("other", ["--bank", "4", "--t-range", "30", "90"])):
+        if name == "lost":
+            for file in (tmp_path / "cache/dia").iterdir():
+                file.unlink()
+        with monkeypatch.context() as m:
+            if name == "cached":
+                m.setattr(train_dia, "dissolve_small", None)                # not called
+            assert call(train_dia, *args, "--out", tmp_path / name, *extra) is None
+        weights[name] = torch.load(tmp_path / name / "dia.pt", weights_only=True)["encoder"]["backbone.conv1.weight"]
+    assert torch.equal(weights["made"], weights["cached"]) and torch.equal(weights["made"], weights["lost"])
+    assert not torch.equal(weights["made"], weights["fresh"]) and not torch.equal(weights["made"], weights["other"])
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    assert call(train_dia, *args, "--out", tmp_path / "compiled", "--bank", "2", "--compile") is None
+
+
 def test_equal_seeds_equal_runs_and_other_seeds_other_runs(folder, tmp_path):
     weights = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -174,6 +196,8 @@ def test_wrong_training_flags(folder, tmp_path, chain):
         (train_dia, [*new, *STAGE2, "--t-range", "900", "1001"], "0 <= A < B <= 1000"),
         (train_dia, [*new, *STAGE2, "--image-size", "31"], "even number"),
         (train_dia, [*new, *STAGE2, "--crop-min", "0"], "above 0"),
+        (train_dia, [*new, *STAGE2, "--bank", "3"], "even number"),
+        (train_dia, [*new, *STAGE2, "--bank", "4", "--dissolve", "resize"], "leave --bank out"),
         (train_dia, [*new, *STAGE2, "--batch-size", "41"], "from 1 to"),
         (train_dia, [*new, *STAGE2, "--diffusion", chain / "dia.pt"], "is a dia checkpoint"),
         (train_dia, [*new, *STAGE2, "--diffusion", folder / "train/good/000.png"], "not a checkpoint"),
