@@ -251,7 +251,7 @@ def stage1(args):
 
 def heldout_run(pipe, name, out, steps, lr):
     train_diffusion.UNet = lambda channels, dim: make_unet(name)
-    sys.argv = ["", "--quick", "--device", "cpu", "--dim", "64", "--steps", str(steps), "--lr", str(lr), "--seed", "10", "--out", out]
+    sys.argv = f"x --quick --device cpu --dim 64 --steps {steps} --lr {lr} --seed 10 --out {out}".split()
     train_diffusion.main()
     pipe.send(json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-2]))
 
