@@ -764,7 +764,7 @@ def place(images, device):
 
 def send(x, device):
     """x on the device, without waiting for work under way there: CUDA copies from page-locked memory meanwhile."""
-    if device.type == "cuda" and not x.is_cuda:
+    if torch.device(device).type == "cuda" and not x.is_cuda:
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
