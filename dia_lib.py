@@ -287,6 +287,7 @@ def jitter_hsv(x, hue, saturation, value):
     return v[:, None] - (v * s)[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
+@torch.no_grad()
 def dissolve_view(unet, x, t, abar, size, mode, y=None):
     """The image as the third view sees it, before shift and augmentation. DIA Sec. 4.1.
 
@@ -310,7 +311,6 @@ def dissolve_view(unet, x, t, abar, size, mode, y=None):
     return (x + back(y - small)).clamp(0, 1) if mode == "residual" else back(y)
 
 
-@torch.no_grad()
 def dissolve_small(unet, small, t, abar, mode):
     """The dissolving itself, at its own size: small (B, C, size, size) in [0, 1] -> like small. See `dissolve_view`."""
     if mode in ("diffusion", "residual"):

@@ -44,7 +44,7 @@ B, K = 32, lib.K
 
 
 def memory(field="VmHWM"):
-    """Resident memory of this process in GB: VmHWM its peak, RssAnon its own now, RssFile files that are mapped now."""
+    """Resident memory of this process in GB: VmHWM its peak; VmRSS now, RssAnon its own, RssFile mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1e6
