@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -217,20 +218,20 @@ def shift_views(x, kind):
     raise ValueError(f"shift {kind!r}: expected rotate or perm")
 
 
-def draw_augment(n, crop_scale, generator):
+def draw_augment(n, crop_scale, generator, strength=1.0):
     """Draw the random non-shifting T (colour jitter, grey, resized crop) of n images. CSI, arXiv:2007.08176, App. A.
 
     crop_scale: (low, high) share of the area.  generator: a torch.Generator; the draws are made on its device.
     Returns a dict of (n,) tensors; `crop` holds (height, width, y, x) of the crop, as shares in [0, 1] and offsets
-    of its centre in [-1, 1]. Jitter 0.4/0.4/0.4/0.1 with p 0.8, grey with p 0.2.
+    of its centre in [-1, 1]. Jitter 0.4/0.4/0.4/0.1 times strength (0 to 1) with p 0.8, grey with p 0.2.
     """
     def uniform(low, high):
         return torch.rand(n, generator=generator, device=generator.device) * (high - low) + low
 
     jitter = uniform(0, 1) < 0.8
-    params = {name: torch.where(jitter, uniform(low, high), neutral) for name, low, high, neutral in
-              [("contrast", 0.6, 1.4, 1.0), ("hue", -0.1, 0.1, 0.0), ("saturation", 0.6, 1.4, 1.0),
-               ("value", 0.6, 1.4, 1.0)]}
+    params = {name: torch.where(jitter, uniform(neutral - most * strength, neutral + most * strength), neutral)
+              for name, neutral, most in [("contrast", 1.0, 0.4), ("hue", 0.0, 0.1), ("saturation", 1.0, 0.4),
+                                          ("value", 1.0, 0.4)]}
     params["contrast_first"] = uniform(0, 1) < 0.5
     params["grey"] = uniform(0, 1) < 0.2
     # choice: a crop that does not fit keeps its area and takes the nearest aspect that fits, where CSI draws again
@@ -288,13 +289,13 @@ def jitter_hsv(x, hue, saturation, value):
 
 
 @torch.no_grad()
-def dissolve_view(unet, x, t, abar, size, mode, y=None):
+def dissolve_view(unet, x, t, abar, size, mode, y=None, gain=1.0):
     """The image as the third view sees it, before shift and augmentation. DIA Sec. 4.1.
 
     x: (B, C, H, W) in [0, 1], H = W.  unet, t, abar: as for `dissolve`; not used by the modes without diffusion.
     size: pixels at which dissolving happens; larger images are brought there and back by antialiased bilinear
     resizing, smaller ones are padded with zeros and cropped back.  mode: "diffusion" (the paper), "residual" (only
-    what diffusion took away is taken from x), "gaussian" and "median" (7x7 at that size), "resize" (down and up, no
+    what diffusion took away is taken from x, `gain` times), "gaussian" and "median" (7x7 at that size), "resize" (down and up, no
     more), "copy" (x itself).  y: (B, C, size, size), x dissolved before (a bank's).  Returns like x, in [0, 1].
     """
     if mode == "copy":
@@ -308,7 +309,7 @@ def dissolve_view(unet, x, t, abar, size, mode, y=None):
             return y[..., left:left + H, left:left + H]
         return y if H == size else F.interpolate(y, (H, H), mode="bilinear", align_corners=False)
 
-    return (x + back(y - small)).clamp(0, 1) if mode == "residual" else back(y)
+    return (x + gain * back(y - small)).clamp(0, 1) if mode == "residual" else back(y)
 
 
 def dissolve_small(unet, small, t, abar, mode):
@@ -334,11 +335,12 @@ def fit_to(x, size):
     return x if H == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
-def make_views(x, views, shift, crop_scale, generator, dissolve=None):
+def make_views(x, views, shift, crop_scale, generator, dissolve=None, jitter=1.0):
     """All V*K views of a batch: flip, (third view) dissolve, shift, augment, in this order. DIA Sec. 3.2, Eq. 5.
 
     The flip comes before the shift: after a quarter-turn it would exchange 90 and 270 degrees.
     x: (B, C, H, W) in [0, 1].  dissolve: for view 2; callable (flipped images, flip (B, 1, 1, 1) bool) -> like images.
+    jitter: strength of the colour jitter, 0 to 1.
     Returns (V*K*B, C, H, W), view-major, then shift, then image.
     """
     branches = []
@@ -349,7 +351,7 @@ def make_views(x, views, shift, crop_scale, generator, dissolve=None):
             xv = dissolve(xv, flip)                                     # D
         branches.append(shift_views(xv, shift))                         # S_k: (K*B, C, H, W)
     x = torch.cat(branches)                                             # (V*K*B, C, H, W)
-    return augment(x, draw_augment(len(x), crop_scale, generator))      # T
+    return augment(x, draw_augment(len(x), crop_scale, generator, jitter))      # T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,13 +411,14 @@ class Encoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def contrastive_loss(z, views=3, tau=0.5, twins="negative"):
+def contrastive_loss(z, views=3, tau=0.5, twins="negative", twin_weight=1.0):
     """Fine-grained NT-Xent. DIA, arXiv:2302.14696, Eq. 6-7; with views=2 the loss of CSI, arXiv:2007.08176, Sec. 2.2.
 
     z: (V*N, D), any float dtype, not normalised, view-major; float32 inside, also within an autocast block.
     Positives are rows i of view 0 and i of view 1. Every other row is a negative, the dissolved ones too, which have
     no loss of their own. twins: an image's own dissolved row of the same shift is a "negative" (the paper's words)
-    or is "excluded" from the denominator (the released code's default since 2024).
+    or is "excluded" from the denominator (the released code's default since 2024). tau: temperature.
+    twin_weight: how many times a twin counts in the denominator (1: as any other negative, the paper).
     Returns the sum over the 2N rows of views 0 and 1, divided by V*N (as the released code normalises).
     Raises ValueError if len(z) is not a multiple of views, or twins is unknown.
     """
@@ -429,11 +432,11 @@ def contrastive_loss(z, views=3, tau=0.5, twins="negative"):
         sim = z[:2 * N] @ z.T / tau                                         # (2N, V*N), Eq. 6
         row = torch.arange(2 * N, device=z.device)
         positive = sim[row, (row + N) % (2 * N)]                            # (2N,)
-        masked = torch.zeros_like(sim, dtype=torch.bool)
-        masked[row, row] = True                                             # oneself
-        if views == 3 and twins == "excluded":
-            masked[row, 2 * N + row % N] = True                             # one's dissolved twin
-        loss = torch.logsumexp(sim.masked_fill(masked, -torch.inf), 1) - positive       # (2N,)
+        weight = torch.ones_like(sim)                                       # of each term of the denominator
+        weight[row, row] = 0                                                # oneself
+        if views == 3:
+            weight[row, 2 * N + row % N] = 0 if twins == "excluded" else twin_weight    # one's dissolved twin
+        loss = torch.logsumexp(sim + weight.log(), 1) - positive            # (2N,)
         return loss.sum() / (views * N)                                     # Eq. 7
 
 
@@ -443,12 +446,13 @@ def contrastive_loss(z, views=3, tau=0.5, twins="negative"):
 
 
 @torch.no_grad()
-def embed(encoder, images, shift, passes, device, batch=96, name=None):
+def embed(encoder, images, shift, passes, device, batch=96, name=None, jitter=1.0):
     """Embeddings and shift logits under every shift, averaged over test-time passes. CSI, arXiv:2007.08176, Sec. 2.3.
 
     images: (M, C', H, W) uint8.  Pass p under shift k uses one draw, from (p, k) alone, for all images (flip, jitter,
     grey, crop 0.54): a score depends on its image and the run, never on batch, order or other files.
-    name: label of a progress bar.  Returns z (M, K, D) and logits (M, K, K), float32 on the CPU.
+    name: label of a progress bar.  jitter: its strength in training.
+    Returns z (M, K, D) and logits (M, K, K), float32 on the CPU.
     """
     training, channels = encoder.training, encoder.backbone.conv1.in_channels
     encoder.eval()
@@ -457,7 +461,7 @@ def embed(encoder, images, shift, passes, device, batch=96, name=None):
         for k in range(K):
             g = step_generator("cpu", 0, "test-time view", p * K + k)
             flip = torch.rand(1, generator=g).item() < 0.5
-            draws[p].append((flip, {n: v.to(device) for n, v in draw_augment(1, (0.54, 0.54), g).items()}))
+            draws[p].append((flip, {n: v.to(device) for n, v in draw_augment(1, (0.54, 0.54), g, jitter).items()}))
     zs, logits = [], []
     bar = tqdm(images.split(batch), name, unit="batch", leave=False, disable=None if name else True)
     for chunk in bar:
@@ -866,6 +870,15 @@ def load_checkpoint(path, kind, device):
 def sha256_of(path):
     """Hex digest of a file's bytes."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def code_version():
+    """The commit this code is at, with a + if files differ from it; "" where that can't be told."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def step_generator(device, seed, stream, step):

@@ -64,7 +64,7 @@ def within_groups(labels, scores, groups):
             if len(set(labels[groups == g])) == 2}
 
 
-def floors(data, encoder, shift, device, batch):
+def floors(data, encoder, shift, jitter, device, batch):
     """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
     labels = data.labels.numpy()
 
@@ -77,8 +77,8 @@ def floors(data, encoder, shift, device, batch):
     nearest = torch.cat([torch.cdist(chunk, train).amin(1) for chunk in test.split(256)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                     # untrained: that is the point
-        stats = csi_fit(*embed(encoder, data.train, shift, 1, device, batch))
-        untrained = csi_score(stats, *embed(encoder, data.test, shift, 1, device, batch))
+        stats = csi_fit(*embed(encoder, data.train, shift, 1, device, batch, jitter=jitter))
+        untrained = csi_score(stats, *embed(encoder, data.test, shift, 1, device, batch, jitter=jitter))
     scores = {"minus mean brightness": -brightness[:, 0], "nearest neighbour on 32 px pixels": nearest,
               "encoder untrained": untrained}
     return {name: float(roc_auc_score(labels, score.cpu().numpy())) for name, score in scores.items()}
@@ -106,7 +106,7 @@ def examples(path, data, score, settings, out, device):
             row = []
             for i in picked.tolist():
                 x = to_float(data.test[i:i + 1], settings["channels"], device)
-                twin = x if plain else dissolve_view(unet, x, t, abar, settings["dissolve_size"], mode)
+                twin = x if plain else dissolve_view(unet, x, t, abar, settings["dissolve_size"], mode, gain=settings["gain"])
                 row += [x[0]] if plain else [x[0], twin[0], (4 * (x - twin).abs()).clamp(0, 1)[0]]
             rows.append(row)
     captions = ["image"] * 4 if plain else ["image", mode if t is None else f"t = {int(t)}", "4 x |diff|"] * 4
@@ -119,7 +119,7 @@ def evaluate(out, args, device):
     """Score one run; write its files; return its metrics."""
     begun = time.perf_counter()
     state = load_checkpoint(out / "dia.pt", "dia", device)
-    s = state["settings"]
+    s = {"jitter": 1.0, "gain": 1.0, **state["settings"]}                   # runs of earlier versions have none of these
     data = load_data(args.data or s["data"], s["image_size"], ("train", "test"), s["holdout"],
                      args.normal_class or s["normal_class"])
     if data.fingerprint != s["fingerprint"]:
@@ -138,9 +138,11 @@ def evaluate(out, args, device):
     key = sha256_of(out / "dia.pt")
     stats = load_stats(out / "stats.pt", key, args.passes)
     if stats is None:
-        stats = csi_fit(*embed(encoder, data.train, s["shift"], args.passes, device, args.batch_size, "training images"))
+        stats = csi_fit(*embed(encoder, data.train, s["shift"], args.passes, device, args.batch_size, "training images",
+                               s["jitter"]))
         save_checkpoint(out / "stats.pt", "stats", {"key": key, "passes": args.passes}, stats)
-    parts = csi_parts(stats, *embed(encoder, data.test, s["shift"], args.passes, device, args.batch_size, "test images"))
+    parts = csi_parts(stats, *embed(encoder, data.test, s["shift"], args.passes, device, args.batch_size, "test images",
+                                    s["jitter"]))
     scores = parts["score"].numpy()
 
     auroc, interval = auroc_interval(labels, scores)
@@ -149,7 +151,7 @@ def evaluate(out, args, device):
         "auroc": auroc, "auroc_interval_95": interval, "average_precision": float(average_precision_score(labels, scores)),
         "parts_auroc": {n: float(roc_auc_score(labels, p.numpy())) for n, p in parts.items() if n != "score"},
         "within_group_auroc": groups, "within_group_mean": statistics.fmean(groups.values()) if groups else None,
-        "floors_auroc": floors(data, untrained, s["shift"], device, args.batch_size),
+        "floors_auroc": floors(data, untrained, s["shift"], s["jitter"], device, args.batch_size),
         "normals": int((labels == 0).sum()), "anomalies": int(labels.sum()), "passes": args.passes, "step": state["step"],
         "settings": s, "seconds": round(time.perf_counter() - begun, 1)}
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))

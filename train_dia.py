@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dia_lib import (
     Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, cache_path, check_batch, check_loss, check_weights,
-    contrastive_loss, csi_fit, csi_score, dissolve_small, dissolve_view, embed, fit_to, load_checkpoint,
+    code_version, contrastive_loss, csi_fit, csi_score, dissolve_small, dissolve_view, embed, fit_to, load_checkpoint,
     load_data, make_views, parse_training, pick_device, place, precision, report_time, run, save_checkpoint, send,
     sha256_of, step_generator, synthetic_defects, to_float, training_flags,
 )
@@ -40,17 +40,28 @@ def arguments(argv=None):
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 1000 epochs of at most 201)")
     parser.add_argument("--batch-size", type=int, default=32, help="images a step, before shifts and views (default: 32)")
     parser.add_argument("--image-size", type=int, help="pixels (default: 224, an npz file's own if smaller)")
+    parser.add_argument("--every", type=int, metavar="N", help="validate and save every N steps (default: a quarter of the "
+                        "steps, at most 2000)")
+    parser.add_argument("--keep", action="store_true", help="keep the weights of each save, as OUT/step-N/dia.pt")
     method = parser.add_argument_group("method")
     method.add_argument("--diffusion", metavar="PATH", help="stage 1's checkpoint (default: OUT/diffusion.pt)")
     method.add_argument("--dissolve", choices=MODES, default="diffusion",
                         help="how the third view is made; none is CSI (default: diffusion)")
     method.add_argument("--t-range", type=int, nargs=2, metavar=("A", "B"),
                         help="diffusion steps t are drawn from [A, B) for each image (default: 30 130, Sec. 4.1)")
+    method.add_argument("--dissolve-size", type=int, help="pixels at which the third view is made (default: stage 1's; "
+                        "32 for the modes without a diffusion model)")
+    method.add_argument("--gain", type=float, default=1.0, help="of residual: times what diffusion took away (default: 1)")
     method.add_argument("--bank", type=int, metavar="S", default=0, help="for long runs: dissolve S versions of each image "
                         "once, then draw from them (default: 0, dissolve anew in each step)")
     method.add_argument("--shift", choices=["rotate", "perm"], help="shifting transformation (default: rotate; elpv: perm)")
     method.add_argument("--twins", choices=["negative", "excluded"], default="negative",
                         help="an image's own dissolved view in the loss's denominator (default: negative)")
+    method.add_argument("--twin-weight", type=float, default=1.0,
+                        help="how many times that view counts there (default: 1, as any other negative)")
+    method.add_argument("--tau", type=float, default=0.5, help="temperature of the contrastive loss (default: 0.5)")
+    method.add_argument("--gamma", type=float, default=1.0, help="weight of the shift classifier's loss, Eq. 9 (default: 1)")
+    method.add_argument("--jitter", type=float, default=1.0, help="strength of the colour jitter, from 0 (off) to 1 (default: 1)")
     method.add_argument("--crop-min", type=float, default=0.08, help="smallest area of the resized crop (default: 0.08)")
     method.add_argument("--optimizer", choices=["lars", "adamw"], default="lars", help="(default: lars, the paper's code)")
     method.add_argument("--lr", type=float, help="highest learning rate (default: LARS 1.0, AdamW 1e-3)")
@@ -63,6 +74,17 @@ def arguments(argv=None):
         raise SystemExit(f"--bank {args.bank}: --dissolve {args.dissolve} uses no diffusion model, leave --bank out.")
     if not 0 < args.crop_min <= 1:
         raise SystemExit(f"--crop-min {args.crop_min}: needs a share above 0, up to 1.")
+    if not 0 <= args.jitter <= 1:
+        raise SystemExit(f"--jitter {args.jitter}: needs a number from 0 (off) to 1.")
+    for name in ("tau", "twin_weight", "gain"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: needs a number above 0.")
+    if not 0 <= args.gamma < math.inf:
+        raise SystemExit(f"--gamma {args.gamma}: needs a number from 0 on.")
+    if args.every is not None and args.every < 1:
+        raise SystemExit(f"--every {args.every}: needs at least 1.")
+    if args.dissolve_size is not None and args.dissolve_size < 8:
+        raise SystemExit(f"--dissolve-size {args.dissolve_size}: needs at least 8.")
     if args.image_size is not None and (args.image_size < 8 or args.image_size % 2):
         raise SystemExit(f"--image-size {args.image_size}: needs an even number from 8 on.")
     return args, state
@@ -151,21 +173,21 @@ def readable(z, logits, labels, views):
     return row
 
 
-def validate(encoder, train, held, shift, device):
+def validate(encoder, train, held, shift, jitter, device):
     """Label-free numbers on held-out normals: val_auroc against the same images with a synthetic defect, shift_acc_held.
 
     train: (M, ...), held: (n, ...) uint8. val_auroc is the mean over the two kinds of defect. Draws nothing at random
     that depends on the run, so that runs can be compared.
     """
-    stats = csi_fit(*embed(encoder, train[:512], shift, 2, device))
-    z, logits = embed(encoder, held, shift, 2, device)
+    stats = csi_fit(*embed(encoder, train[:512], shift, 2, device, jitter=jitter))
+    z, logits = embed(encoder, held, shift, 2, device, jitter=jitter)
     if not z.isfinite().all():
         raise SystemExit("the embeddings of held-out images are not finite: training has diverged. Try a smaller --lr.")
     normal, row = csi_score(stats, z, logits), {}
     for i, kind in enumerate(("line", "patch")):
         generator = step_generator("cpu", 0, "synthetic defects", i)
         defects = torch.cat([synthetic_defects(held, kind, generator) for _ in range(3)])
-        scores = torch.cat([normal, csi_score(stats, *embed(encoder, defects, shift, 2, device))])
+        scores = torch.cat([normal, csi_score(stats, *embed(encoder, defects, shift, 2, device, jitter=jitter))])
         row[f"val_{kind}"] = float(roc_auc_score([0] * len(held) + [1] * len(defects), scores))
     correct = logits.argmax(2) == torch.arange(K)                               # (n, K)
     return {"val_auroc": sum(row.values()) / 2, **row, "shift_acc_held": correct.float().mean().item()}
@@ -194,8 +216,7 @@ def main():
     held = data.held[~data.calibration]                                         # the other half is never looked at
 
     # Stage 1
-    unet = abar = path = digest = None
-    dissolve_size = 32
+    unet = abar = path = digest = stage1 = None
     if args.dissolve in ("diffusion", "residual"):
         path = Path(args.diffusion or args.out / "diffusion.pt")
         diffusion, digest = load_checkpoint(path, "diffusion", device), sha256_of(path)
@@ -211,7 +232,13 @@ def main():
             print(f"note: {path} stopped at step {diffusion['step']} of {stage1['steps']}")
         unet = UNet(channels, stage1["dim"]).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
         unet.load_state_dict(diffusion["ema"])
-        abar, dissolve_size = alpha_bar(stage1["schedule"]).to(device), stage1["dissolve_size"]
+        abar = alpha_bar(stage1["schedule"]).to(device)
+        if args.dissolve_size not in (None, stage1["dissolve_size"]):
+            raise SystemExit(f"--dissolve-size {args.dissolve_size}: {path} was trained at {stage1['dissolve_size']} px; leave "
+                             "the flag out, or train stage 1 at that size.")
+        args.dissolve_size = stage1["dissolve_size"]
+        stage1 = {k: stage1[k] for k in ("steps", "batch_size", "dim", "lr", "schedule", "seed")}
+    args.dissolve_size = args.dissolve_size or 32
 
     # Model
     torch.manual_seed(args.seed)
@@ -236,8 +263,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out, "dia", start)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "quick", "diffusion")}
-    settings |= {"channels": channels, "stem": stem, "fingerprint": data.fingerprint, "dissolve_size": dissolve_size,
-                 "diffusion": path and str(path), "diffusion_sha256": digest}
+    settings |= {"channels": channels, "stem": stem, "fingerprint": data.fingerprint, "diffusion": path and str(path),
+                 "diffusion_sha256": digest, "stage1": stage1, "commit": code_version()}
     print(f"stage 2, {data.name}: {M} training and {len(held)} held-out normals, {channels} x {size} px; dissolve "
           f"{args.dissolve}{f' from a bank of {args.bank}' if args.bank else ''}, t in [{args.t_range[0]}, "
           f"{args.t_range[1]}), shift {args.shift}, twins {args.twins}; batch "
@@ -250,13 +277,13 @@ def main():
     if args.bank:
         file = cache_path(["bank", 1, digest, zlib.crc32(data.train.numpy()), args.bank, args.t_range, args.seed,
                            device.type, precision(device)])
-        bank = make_bank(file, unet, train, channels, args.bank, args.t_range, abar, dissolve_size, args.seed, device)
+        bank = make_bank(file, unet, train, channels, args.bank, args.t_range, abar, args.dissolve_size, args.seed, device)
         bank = place(bank, device)
 
     # Train
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)       # (V*K*B,)
-    report, every = max(1, min(100, args.steps // 20)), max(1, min(2000, args.steps // 4))
-    running, begun, warm = [], time.perf_counter(), 0.0
+    report, args.every = max(1, min(100, args.steps // 20)), args.every or max(1, min(2000, args.steps // 4))
+    running, warm, begun = [], 0.0, time.perf_counter() - (state["seconds"] if state else 0)
     bar = tqdm(range(start, args.steps), "stage 2", args.steps, initial=start, unit="image",
                unit_scale=args.batch_size, disable=None)
     for step in bar:
@@ -267,13 +294,13 @@ def main():
 
         def third_view(x3, flip, step=step, rows=rows, t=t):
             y = None if bank is None else draw_from(bank, rows, flip, step_generator("cpu", args.seed, "slots", step), device)
-            return dissolve_view(unet, x3, t, abar, dissolve_size, args.dissolve, y)
+            return dissolve_view(unet, x3, t, abar, args.dissolve_size, args.dissolve, y, args.gain)
 
-        x = make_views(x, views, args.shift, (args.crop_min, 1.0), generator, third_view)           # (V*K*B, C, H, W)
+        x = make_views(x, views, args.shift, (args.crop_min, 1.0), generator, third_view, args.jitter)     # (V*K*B, C, H, W)
         with autocast(device):
             z, logits = forward(x)                                              # (V*K*B, D), (V*K*B, K)
-        contrast = contrastive_loss(z, views, twins=args.twins)
-        loss = contrast + F.cross_entropy(logits, labels)                       # DIA Eq. 9, gamma = 1
+        contrast = contrastive_loss(z, views, args.tau, args.twins, args.twin_weight)
+        loss = contrast + args.gamma * F.cross_entropy(logits, labels)          # DIA Eq. 9
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.optimizer)
         optimizer.zero_grad()
         loss.backward()
@@ -282,20 +309,26 @@ def main():
 
         done = step + 1
         warm = report_time(done, start, args.steps, loss, warm, args.quick)
-        if done % report == 0 or done % every == 0 or done == args.steps:       # the only places that read results
+        saving = done % args.every == 0 or done == args.steps
+        if saving or done % report == 0:                                        # the only places that read results
             values = torch.stack(running).tolist()                              # (steps, 2)
             check_loss([v[0] for v in values], done, optimizer.param_groups[0]["lr"])
             row = readable(z, logits, labels, views)
             bar.set_postfix(loss=f"{values[-1][0]:.3f}", shift_acc=f"{row['shift_acc']:.2f}")
-            if done % every == 0 or done == args.steps:
+            validation = {}
+            if saving:
                 check_weights(encoder, done, optimizer.param_groups[0]["lr"])
-                row |= validate(encoder, train, held, args.shift, device) if len(held) > 1 else {}
+                validation = validate(encoder, train, held, args.shift, args.jitter, device) if len(held) > 1 else {}
             log(done, loss=sum(v[0] for v in values) / len(values), contrastive=sum(v[1] for v in values) / len(values),
-                **row, lr=optimizer.param_groups[0]["lr"], seconds=round(time.perf_counter() - begun, 1))
+                **row, **validation, lr=optimizer.param_groups[0]["lr"], seconds=round(time.perf_counter() - begun, 1))
             running = []
-        if done % every == 0 or done == args.steps:
-            save_checkpoint(args.out / "dia.pt", "dia", settings, {
-                "step": done, "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict()})
+        if saving:
+            result = {"step": done, "encoder": encoder.state_dict(), "validation": validation,
+                      "seconds": time.perf_counter() - begun}
+            if args.keep:
+                (args.out / f"step-{done}").mkdir(exist_ok=True)
+                save_checkpoint(args.out / f"step-{done}" / "dia.pt", "dia", settings, result)
+            save_checkpoint(args.out / "dia.pt", "dia", settings, {**result, "optimizer": optimizer.state_dict()})
     print(f"stage 2 done: {args.out}/dia.pt")
 
 
