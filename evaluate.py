@@ -3,6 +3,8 @@
     python evaluate.py                                                       # runs/elpv
     python evaluate.py --out runs/elpv runs/elpv-s1 runs/elpv-s2             # each run, and mean +- sd
 
+    python evaluate.py --results study/results.csv                           # and append a line to a table of runs
+
 Writes into each run's folder scores.csv (path, group, label, score), metrics.json, examples.png and stats.pt (what
 the score needs of the training images). The last line on stdout is `auroc 0.xxxx`, the mean over the runs.
 """
@@ -33,7 +35,13 @@ def arguments(argv=None):
     parser.add_argument("--out", nargs="+", metavar="RUN", help="folders of runs (default: runs/<data>)")
     parser.add_argument("--passes", type=int, default=10, help="test-time passes averaged (default: 10)")
     parser.add_argument("--batch-size", type=int, default=96, help="images a step, before shifts (default: 96)")
+    parser.add_argument("--results", metavar="FILE", help="append each run to this csv table (a run already there is replaced), "
+                        "and its scores to FILE with -scores before the suffix")
+    parser.add_argument("--validation-only", action="store_true",
+                        help="with --results: append what training found on held-out normals, read no test image")
     args = parser.parse_args(argv)
+    if args.validation_only and not args.results:
+        raise SystemExit("--validation-only: says what to append to --results FILE; give both.")
     args.out = args.out or [f"runs/{data_name(args.data or 'elpv')}"]
     if args.passes < 1 or args.batch_size < 1:
         raise SystemExit("--passes and --batch-size need at least 1.")
@@ -167,8 +175,58 @@ def evaluate(out, args, device):
     for name, floor in metrics["floors_auroc"].items():
         print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
     examples(out / "examples.png", data, parts["score"], s, out, device)
+    if args.results:
+        append_result(Path(args.results), state, metrics, labels, scores)
     print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s", flush=True)
     return metrics
+
+
+def run_key(state):
+    """What tells a run from others in a table: data, dissolve, settings other than the paper's, seed, steps; from its dia.pt."""
+    s = state["settings"]
+    stage1 = {f"stage1_{k}": v for k, v in (s.get("stage1") or {}).items() if (k, v) != ("seed", s["seed"])}
+    settings = " ".join(f"{k}={'-'.join(map(str, v)) if isinstance(v, list) else v}"
+                        for k, v in {**s.get("changed", {}), "steps": s["steps"], **stage1}.items())
+    return {"data": data_name(s["data"]), "dissolve": s["dissolve"], "settings": settings, "seed": s["seed"],
+            "steps": state["step"]}
+
+
+def append_result(path, state, metrics=None, labels=None, scores=None):
+    """Append a run to the table at path, and its scores beside it; a run that is there already is replaced.
+
+    Without metrics, labels and scores, what the checkpoint knows of held-out normals alone.
+    """
+    run, metrics = run_key(state), metrics or {}
+    figures = {"minutes": state.get("seconds", math.nan) / 60, "val_auroc": state.get("validation", {}).get("val_auroc"),
+               "auroc": metrics.get("auroc"), "ap": metrics.get("average_precision"),
+               "within_group_auroc": metrics.get("within_group_mean")}
+    figures = {k: "" if v is None else f"{v:.4f}" for k, v in figures.items()}
+    row = {**run, **figures, "commit": state["settings"].get("commit", "")}
+    insert(path, list(row), row, list(run))
+    if scores is not None:
+        path, known = path.with_name(f"{path.stem}-scores{path.suffix}"), {**dict.fromkeys(run, ""), "data": run["data"]}
+        for row in ({**known, "dissolve": "labels", "scores": " ".join(map(str, labels))},
+                    {**run, "scores": " ".join(f"{v:.5g}" for v in scores)}):
+            insert(path, list(row), row, list(run))
+
+
+def insert(path, columns, row, key):
+    """Write the row (a dict) into a csv table, in place of the one with the same key (names of columns), or at its end."""
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        if reader.fieldnames != columns:
+            raise SystemExit(f"{path} is another table: its columns are {reader.fieldnames}, not {columns}.")
+    row = {k: str(v) for k, v in row.items()}
+    same = [i for i, r in enumerate(rows) if all(r[k] == row[k] for k in key)]
+    if same:
+        rows[same[0]] = row
+    else:
+        rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda file: csv.writer(file, lineterminator="\n").writerows([columns, *([r[c] for c in columns] for r in rows)]))
 
 
 def load_stats(path, key, passes):
@@ -191,6 +249,11 @@ def write(path, writer):
 def main():
     args = arguments()
     device = pick_device(args.device)
+    if args.validation_only:
+        for out in args.out:
+            append_result(Path(args.results), load_checkpoint(Path(out) / "dia.pt", "dia", "cpu"))
+        print(f"appended {len(args.out)} runs to {args.results}")
+        return
     results = [evaluate(Path(out), args, device) for out in args.out]
     values = [r["auroc"] for r in results]
     if len(values) > 1:

@@ -65,7 +65,10 @@ def arguments(argv=None):
     method.add_argument("--crop-min", type=float, default=0.08, help="smallest area of the resized crop (default: 0.08)")
     method.add_argument("--optimizer", choices=["lars", "adamw"], default="lars", help="(default: lars, the paper's code)")
     method.add_argument("--lr", type=float, help="highest learning rate (default: LARS 1.0, AdamW 1e-3)")
+    paper = vars(parser.parse_args([]))
     args, state = parse_training(parser, "dia", QUICK, argv)
+    apart = {"data", "out", "seed", "device", "resume", "quick", "compile", "diffusion", "dissolve", "every", "keep"}
+    args.changed = {k: v for k, v in vars(args).items() if v != paper[k] and k not in apart}     # from the paper's settings
     if args.t_range and not 0 <= args.t_range[0] < args.t_range[1] <= 1000:
         raise SystemExit(f"--t-range {args.t_range[0]} {args.t_range[1]}: needs 0 <= A < B <= 1000.")
     if args.bank < 0 or args.bank % 2:
@@ -79,6 +82,10 @@ def arguments(argv=None):
     for name in ("tau", "twin_weight", "gain"):
         if not 0 < getattr(args, name) < math.inf:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: needs a number above 0.")
+    if args.gain != 1 and args.dissolve != "residual":
+        raise SystemExit(f"--gain {args.gain}: --dissolve {args.dissolve} has no gain, leave it out.")
+    if args.twin_weight != 1 and (args.twins == "excluded" or args.dissolve == "none"):
+        raise SystemExit(f"--twin-weight {args.twin_weight}: there is no twin in the denominator, leave it out.")
     if not 0 <= args.gamma < math.inf:
         raise SystemExit(f"--gamma {args.gamma}: needs a number from 0 on.")
     if args.every is not None and args.every < 1:

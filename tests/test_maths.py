@@ -167,6 +167,15 @@ def test_augment_with_neutral_draws_changes_nothing(C):
     assert torch.allclose(lib.augment(x, neutral()), x, atol=1e-5)
 
 
+def test_jitter_is_scaled_by_its_strength_and_off_at_zero():
+    draws = {s: lib.draw_augment(2000, (0.5, 1), torch.Generator().manual_seed(0), s) for s in (0.0, 0.5, 1.0)}
+    for name, middle, most in [("contrast", 1, 0.4), ("hue", 0, 0.1), ("saturation", 1, 0.4), ("value", 1, 0.4)]:
+        away = {s: (d[name] - middle).abs() for s, d in draws.items()}
+        assert (away[0.0] == 0).all() and torch.allclose(away[0.5], away[1.0] / 2, atol=1e-6)
+        assert 0.97 * most < away[1.0].max() <= most + 1e-6 and 0.15 < (away[1.0] == 0).float().mean() < 0.25
+    assert torch.equal(draws[0.0]["crop"], draws[1.0]["crop"])                  # the other draws do not move
+
+
 def test_hsv_jitter_agrees_with_colorsys():
     x = rand(2, 3, 4, 4)
     out = lib.augment(x, neutral(hue=0.07, saturation=1.2, value=0.8))
@@ -281,6 +290,12 @@ def test_residual_takes_away_only_what_diffusion_took():
     assert (lib.dissolve_view(nothing, x, t, torch.ones(1000), 32, "diffusion") - x).abs().mean() > 0.05
 
 
+def test_gain_multiplies_what_diffusion_took():
+    x, t = 0.4 + 0.2 * rand(2, 1, 32, 32), torch.tensor([40, 90])
+    one, three = (lib.dissolve_view(lambda x, t: x, x, t, lib.alpha_bar(), 32, "residual", gain=g) - x for g in (1.0, 3.0))
+    assert one.abs().max() > 1e-3 and torch.allclose(three, 3 * one, atol=1e-5)
+
+
 def test_bank_holds_every_image_dissolved_at_every_part_of_the_range(tmp_path):
     """A "UNet" whose eps is x + (t - 80) / 50, with abar = 1/2, leaves a flat picture of t: 2.5 grey levels a step."""
     images, abar = torch.randint(0, 256, (70, 1, 8, 8), dtype=torch.uint8), torch.full((1000,), 0.5)
@@ -329,7 +344,7 @@ def test_drawing_from_the_bank_takes_every_slot_and_the_right_one():
 # Contrastive loss ----------------------------------------------------------------------------------------------------
 
 
-def loss_by_loops(z, views, tau, twins):
+def loss_by_loops(z, views, tau, twins, twin_weight=1):
     """Eq. 6-7, one pair at a time."""
     N, total = len(z) // views, 0.0
     z = z / z.norm(dim=1, keepdim=True)
@@ -338,17 +353,18 @@ def loss_by_loops(z, views, tau, twins):
         for j in range(views * N):
             is_twin = j >= 2 * N and j - 2 * N == i % N
             if j != i and not (is_twin and twins == "excluded"):
-                denominator = denominator + torch.exp(z[i] @ z[j] / tau)
+                denominator = denominator + torch.exp(z[i] @ z[j] / tau) * (twin_weight if is_twin else 1)
         j = i + N if i < N else i - N
         total = total - torch.log(torch.exp(z[i] @ z[j] / tau) / denominator)
     return total / (views * N)
 
 
 @pytest.mark.parametrize("views, twins", [(3, "negative"), (3, "excluded"), (2, "negative")])
-def test_loss_equals_the_loops_with_gradients(views, twins):
+@pytest.mark.parametrize("tau, weight", [(0.5, 1), (0.2, 10)])
+def test_loss_equals_the_loops_with_gradients(views, twins, tau, weight):
     z = torch.randn(views * 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a, b = z.float().requires_grad_(), z.clone().requires_grad_()
-    fast, slow = lib.contrastive_loss(a, views, 0.5, twins), loss_by_loops(b, views, 0.5, twins)
+    fast, slow = lib.contrastive_loss(a, views, tau, twins, weight), loss_by_loops(b, views, tau, twins, weight)
     fast.backward()
     slow.backward()
     assert fast.item() == pytest.approx(slow.item(), rel=1e-5)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from test_data import medmnist
 
 import dia_lib
@@ -51,7 +52,6 @@ def test_chain_writes_what_the_readme_says(chain, folder, capsys):
     rows = list(csv.DictReader((chain / "scores.csv").open()))
     assert len(rows) == 30 and list(rows[0]) == ["path", "group", "label", "score"]
     metrics = json.loads((chain / "metrics.json").read_text())
-    from sklearn.metrics import roc_auc_score
     assert metrics["auroc"] == pytest.approx(roc_auc_score([int(r["label"]) for r in rows], [float(r["score"]) for r in rows]))
     low, high = metrics["auroc_interval_95"]
     assert low <= metrics["auroc"] <= high and len(metrics["floors_auroc"]) == 3 and set(metrics["parts_auroc"]) == {
@@ -86,6 +86,39 @@ def test_several_runs_give_mean_and_sd(chain, capsys):
     assert call(evaluate, "--out", chain, chain, "--passes", 1) is None
     lines = capsys.readouterr().out.splitlines()
     assert "+- 0.0000" in lines[-2] and lines[-1].startswith("auroc 0.")
+
+
+def test_runs_are_gathered_in_a_table(chain, folder, tmp_path):
+    """A line a run, replaced when it comes again; kept weights are runs of their own; validation needs no test image."""
+    table = tmp_path / "study" / "results.csv"
+    args = ["--data", folder, "--out", tmp_path / "run", *STAGE2, "--steps", "2", "--dissolve", "resize", "--tau", "0.2",
+            "--dissolve-size", "40", "--every", "1", "--keep", "--jitter", "0"]
+    assert call(train_dia, *args) is None
+    assert "--results" in call(evaluate, "--validation-only", "--out", chain)
+    for passes in (1, 2):
+        assert call(evaluate, "--out", chain, tmp_path / "run", "--passes", passes, "--results", table) is None
+    assert call(evaluate, "--out", tmp_path / "run/step-1", "--validation-only", "--results", table) is None
+    rows = list(csv.DictReader(table.open()))
+    assert list(rows[0]) == ["data", "dissolve", "settings", "seed", "steps", "minutes", "val_auroc", "auroc", "ap",
+                             "within_group_auroc", "commit"]
+    assert [(r["data"], r["dissolve"], r["steps"]) for r in rows] == [("tiles", "diffusion", "4"), ("tiles", "resize", "2"),
+                                                                      ("tiles", "resize", "1")]
+    assert {"stage1_steps=4", "stage1_dim=8", "holdout=0.3", "steps=4"} <= set(rows[0]["settings"].split())
+    assert {"tau=0.2", "dissolve_size=40", "jitter=0.0"} <= set(rows[1]["settings"].split())
+    assert rows[2]["settings"] == rows[1]["settings"] and rows[2]["auroc"] == "" and 0 <= float(rows[2]["val_auroc"]) <= 1
+    for out, row in ((chain, rows[0]), (tmp_path / "run", rows[1])):
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["passes"] == 2 and float(row["auroc"]) == pytest.approx(metrics["auroc"], abs=1e-4)
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        last = [r for r in log if "val_auroc" in r][-1]
+        assert float(row["val_auroc"]) == pytest.approx(last["val_auroc"], abs=1e-4)
+        assert float(row["minutes"]) * 60 == pytest.approx(last["seconds"], abs=3)
+    scores = list(csv.DictReader((tmp_path / "study/results-scores.csv").open()))
+    assert [r["dissolve"] for r in scores] == ["labels", "diffusion", "resize"]
+    labels, first = ([float(v) for v in r["scores"].split()] for r in scores[:2])
+    assert roc_auc_score(labels, first) == pytest.approx(float(rows[0]["auroc"]), abs=1e-3)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert "another table" in call(evaluate, "--out", chain, "--validation-only", "--results", tmp_path / "other.csv")
 
 
 def test_npz_of_28_pixels_goes_through_all_stages(tmp_path, capsys):
@@ -137,6 +170,8 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, extra, chain, fol
 
     a, b = (flat(torch.load(o / f"{kind}.pt", weights_only=True)) for o in (out, whole))
     a.pop("/seconds", 0), b.pop("/seconds", 0)
+    if kind == "dia":
+        assert 0 < a.pop("/seconds") and 0 < b.pop("/seconds")                  # the only thing that may differ
     assert a.keys() == b.keys() and any("momentum" in k or "exp_avg" in k for k in a)
     for k in a:
         assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
@@ -200,6 +235,14 @@ def test_wrong_training_flags(folder, tmp_path, chain):
         (train_dia, [*new, *STAGE2, "--bank", "3"], "even number"),
         (train_dia, [*new, *STAGE2, "--bank", "4", "--dissolve", "resize"], "leave --bank out"),
         (train_dia, [*new, *STAGE2, "--batch-size", "41"], "from 1 to"),
+        (train_dia, [*new, *STAGE2, "--tau", "0"], "above 0"),
+        (train_dia, [*new, *STAGE2, "--jitter", "1.5"], "from 0 (off) to 1"),
+        (train_dia, [*new, *STAGE2, "--gamma", "-1"], "from 0 on"),
+        (train_dia, [*new, *STAGE2, "--every", "0"], "at least 1"),
+        (train_dia, [*new, *STAGE2, "--gain", "2"], "has no gain"),
+        (train_dia, [*new, *STAGE2, "--twin-weight", "10", "--twins", "excluded"], "no twin in the denominator"),
+        (train_dia, [*new, *STAGE2, "--dissolve-size", "4", "--dissolve", "resize"], "at least 8"),
+        (train_dia, [*new, *STAGE2, "--diffusion", chain / "diffusion.pt", "--dissolve-size", "64"], "was trained at 32 px"),
         (train_dia, [*new, *STAGE2, "--diffusion", chain / "dia.pt"], "is a dia checkpoint"),
         (train_dia, [*new, *STAGE2, "--diffusion", folder / "train/good/000.png"], "not a checkpoint"),
         (train_dia, [*new, *STAGE2, "--diffusion", chain / "diffusion.pt", "--holdout", "0.2"], "other images"),
