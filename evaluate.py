@@ -176,7 +176,7 @@ def evaluate(out, args, device):
         print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
     examples(out / "examples.png", data, parts["score"], s, out, device)
     if args.results:
-        append_result(Path(args.results), state, metrics, labels, scores)
+        append_result(Path(args.results), state, metrics, labels, parts)
     print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s", flush=True)
     return metrics
 
@@ -191,23 +191,27 @@ def run_key(state):
             "steps": state["step"]}
 
 
-def append_result(path, state, metrics=None, labels=None, scores=None):
+def append_result(path, state, metrics=None, labels=None, parts=None):
     """Append a run to the table at path, and its scores beside it; a run that is there already is replaced.
 
-    Without metrics, labels and scores, what the checkpoint knows of held-out normals alone.
+    Without metrics, labels and parts, what the checkpoint knows of held-out normals alone.
     """
     run, metrics = run_key(state), metrics or {}
-    figures = {"minutes": state.get("seconds", math.nan) / 60, "val_auroc": state.get("validation", {}).get("val_auroc"),
+    validation = state.get("validation", {})
+    figures = {"minutes": state.get("seconds", math.nan) / 60, "val_auroc": validation.get("val_auroc"),
                "auroc": metrics.get("auroc"), "ap": metrics.get("average_precision"),
-               "within_group_auroc": metrics.get("within_group_mean")}
+               "within_group_auroc": metrics.get("within_group_mean"), "val_cos": validation.get("val_cos"),
+               "auroc_cos": metrics.get("parts_auroc", {}).get("cos")}
     figures = {k: "" if v is None else f"{v:.4f}" for k, v in figures.items()}
     row = {**run, **figures, "commit": state["settings"].get("commit", "")}
     insert(path, list(row), row, list(run))
-    if scores is not None:
-        path, known = path.with_name(f"{path.stem}-scores{path.suffix}"), {**dict.fromkeys(run, ""), "data": run["data"]}
-        for row in ({**known, "dissolve": "labels", "scores": " ".join(map(str, labels))},
-                    {**run, "scores": " ".join(f"{v:.5g}" for v in scores)}):
-            insert(path, list(row), row, list(run))
+    if parts:
+        path = path.with_name(f"{path.stem}-scores{path.suffix}")
+        blank, texts = dict.fromkeys(run, ""), {p: " ".join(f"{v:.5g}" for v in parts[p].tolist()) for p in ("score", "cos")}
+        rows = [{**blank, "data": run["data"], "part": "labels", "values": " ".join(map(str, labels))},
+                *({**run, "part": part, "values": text} for part, text in texts.items())]
+        for row in rows:
+            insert(path, list(row), row, [*run, "part"])
 
 
 def insert(path, columns, row, key):

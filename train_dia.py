@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dia_lib import (
     Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, cache_path, check_batch, check_loss, check_weights,
-    code_version, contrastive_loss, csi_fit, csi_score, dissolve_small, dissolve_view, embed, fit_to, load_checkpoint,
+    code_version, contrastive_loss, csi_fit, csi_parts, dissolve_small, dissolve_view, embed, fit_to, load_checkpoint,
     load_data, make_views, parse_training, pick_device, place, precision, report_time, run, save_checkpoint, send,
     sha256_of, step_generator, synthetic_defects, to_float, training_flags,
 )
@@ -183,21 +183,23 @@ def readable(z, logits, labels, views):
 def validate(encoder, train, held, shift, jitter, device):
     """Label-free numbers on held-out normals: val_auroc against the same images with a synthetic defect, shift_acc_held.
 
-    train: (M, ...), held: (n, ...) uint8. val_auroc is the mean over the two kinds of defect. Draws nothing at random
-    that depends on the run, so that runs can be compared.
+    train: (M, ...), held: (n, ...) uint8. val_auroc is the mean over the two kinds of defect, val_cos the same by the
+    score's cosine alone. Draws nothing at random that depends on the run, so that runs can be compared.
     """
     stats = csi_fit(*embed(encoder, train[:512], shift, 2, device, jitter=jitter))
     z, logits = embed(encoder, held, shift, 2, device, jitter=jitter)
     if not z.isfinite().all():
         raise SystemExit("the embeddings of held-out images are not finite: training has diverged. Try a smaller --lr.")
-    normal, row = csi_score(stats, z, logits), {}
+    normal, row, cos = csi_parts(stats, z, logits), {}, []
     for i, kind in enumerate(("line", "patch")):
         generator = step_generator("cpu", 0, "synthetic defects", i)
         defects = torch.cat([synthetic_defects(held, kind, generator) for _ in range(3)])
-        scores = torch.cat([normal, csi_score(stats, *embed(encoder, defects, shift, 2, device, jitter=jitter))])
-        row[f"val_{kind}"] = float(roc_auc_score([0] * len(held) + [1] * len(defects), scores))
+        parts = csi_parts(stats, *embed(encoder, defects, shift, 2, device, jitter=jitter))
+        labels = [0] * len(held) + [1] * len(defects)
+        row[f"val_{kind}"] = float(roc_auc_score(labels, torch.cat([normal["score"], parts["score"]])))
+        cos.append(float(roc_auc_score(labels, torch.cat([normal["cos"], parts["cos"]]))))
     correct = logits.argmax(2) == torch.arange(K)                               # (n, K)
-    return {"val_auroc": sum(row.values()) / 2, **row, "shift_acc_held": correct.float().mean().item()}
+    return {"val_auroc": sum(row.values()) / 2, **row, "val_cos": sum(cos) / 2, "shift_acc_held": correct.float().mean().item()}
 
 
 def main():

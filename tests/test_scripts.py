@@ -100,7 +100,7 @@ def test_runs_are_gathered_in_a_table(chain, folder, tmp_path):
     assert call(evaluate, "--out", tmp_path / "run/step-1", "--validation-only", "--results", table) is None
     rows = list(csv.DictReader(table.open()))
     assert list(rows[0]) == ["data", "dissolve", "settings", "seed", "steps", "minutes", "val_auroc", "auroc", "ap",
-                             "within_group_auroc", "commit"]
+                             "within_group_auroc", "val_cos", "auroc_cos", "commit"]
     assert [(r["data"], r["dissolve"], r["steps"]) for r in rows] == [("tiles", "diffusion", "4"), ("tiles", "resize", "2"),
                                                                       ("tiles", "resize", "1")]
     assert {"stage1_steps=4", "stage1_dim=8", "holdout=0.3", "steps=4"} <= set(rows[0]["settings"].split())
@@ -112,11 +112,14 @@ def test_runs_are_gathered_in_a_table(chain, folder, tmp_path):
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         last = [r for r in log if "val_auroc" in r][-1]
         assert float(row["val_auroc"]) == pytest.approx(last["val_auroc"], abs=1e-4)
+        assert float(row["val_cos"]) == pytest.approx(last["val_cos"], abs=1e-4)
         assert float(row["minutes"]) * 60 == pytest.approx(last["seconds"], abs=3)
     scores = list(csv.DictReader((tmp_path / "study/results-scores.csv").open()))
-    assert [r["dissolve"] for r in scores] == ["labels", "diffusion", "resize"]
-    labels, first = ([float(v) for v in r["scores"].split()] for r in scores[:2])
-    assert roc_auc_score(labels, first) == pytest.approx(float(rows[0]["auroc"]), abs=1e-3)
+    assert [(r["dissolve"], r["part"]) for r in scores] == [("", "labels"), *((d, p) for d in ("diffusion", "resize")
+                                                                              for p in ("score", "cos"))]
+    labels, full, cos = ([float(v) for v in r["values"].split()] for r in scores[:3])
+    assert roc_auc_score(labels, full) == pytest.approx(float(rows[0]["auroc"]), abs=1e-3)
+    assert roc_auc_score(labels, cos) == pytest.approx(float(rows[0]["auroc_cos"]), abs=1e-3)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert "another table" in call(evaluate, "--out", chain, "--validation-only", "--results", tmp_path / "other.csv")
 
