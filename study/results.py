@@ -1,9 +1,9 @@
-"""The README's tables and plot of the study, from study/results.csv alone: no number in them is typed by hand.
+"""The README's tables and plots of the study, from the tables in this folder alone: no number in them is typed by hand.
 
-    python -m study.results                 # rewrites what stands between the study's markers in README.md; draws the plots
+    python -m study.results                 # rewrites the tables in README.md; draws the plots, if matplotlib is installed
 
-A block between `<!-- study: NAME -->` and `<!-- end -->` holds the table that BLOCKS has for NAME. Plots need matplotlib.
-Settings are written as they differ from the paper's; runs are grouped by them, stage 1's aside.
+What stands in README.md between `<!-- study: NAME -->` and `<!-- end -->` is replaced. results.csv and results-scores.csv are
+written by evaluate.py --results, probe.csv by study/probe.py. Runs are grouped by their settings, stage 1's aside.
 """
 
 import csv
@@ -13,27 +13,30 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-MODES = ["diffusion", "residual", "gaussian", "median", "resize", "copy", "none"]
+from train_dia import MODES, QUICK
+
+HERE, README = Path(__file__).parent, Path(__file__).parent.parent / "README.md"
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)"}
 PAIRS = [("diffusion", "none"), ("diffusion", "resize"), ("residual", "copy")]
 SEEDS = (0, 1, 2)                       # for reporting; choices are made with others
+PARTS = {"score": "auroc", "cos": "auroc_cos"}
 
 
 def read(path):
-    """The rows of results.csv as dicts: seed and steps int, figures float or None, and `setting` without stage 1's part."""
+    """The rows of results.csv as dicts: seed and steps int, figures float or None, and `setting`, without what --quick sets."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
+    usual = {f"{k}={v}" for k, v in QUICK.items()}
     for row in rows:
+        words = row["settings"].split()
+        row["last"] = f"steps={row['steps']}" in words                          # of the run's steps, not one kept on the way
         row |= {k: int(row[k]) for k in ("seed", "steps")}
-        row |= {k: float(row[k]) if row[k] else None for k in ("minutes", "val_auroc", "auroc", "ap", "within_group_auroc")}
-        row["setting"] = " ".join(word for word in row["settings"].split() if not word.startswith("stage1_"))
+        row |= {k: float(row[k]) if row[k] else None
+                for k in ("minutes", "val_auroc", "auroc", "ap", "within_group_auroc", "val_cos", "auroc_cos")}
+        planned = next(w for w in words if w.startswith("steps=")).split("=")[1]
+        other = [w for w in words if w not in usual and not w.startswith(("steps=", "stage1_"))]
+        row["setting"] = ", ".join([f"{planned} steps", *other])
     return rows
-
-
-def last(rows):
-    """Those of the rows that are a run's last step."""
-    return [row for row in rows if f"steps={row['steps']}" in row["setting"].split()]
 
 
 def spread(values):
@@ -49,19 +52,25 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
+def of(rows, mode, setting):
+    """{seed: row} of the reporting runs of a mode and setting that were tested at their last step."""
+    return {r["seed"]: r for r in rows if (r["dissolve"], r["setting"]) == (mode, setting) and r["last"]
+            and r["seed"] in SEEDS and r["auroc"] is not None}
+
+
 def contrast(rows, setting):
     """The table of one setting: a line a mode, the test AUROC of every reporting seed, their mean, and what goes with it."""
     table = []
     for mode in MODES:
-        runs = {r["seed"]: r for r in last(rows) if (r["dissolve"], r["setting"]) == (mode, setting) and r["seed"] in SEEDS}
-        if any(r["auroc"] for r in runs.values()):
+        runs = of(rows, mode, setting)
+        if runs:
             values = [runs[s]["auroc"] if s in runs else None for s in SEEDS]
             table.append([NAMES.get(mode, f"`{mode}`"), *("" if v is None else f"{v:.3f}" for v in values),
-                          f"**{spread(values)}**",
-                          *(spread(r[k] for r in runs.values()) for k in ("within_group_auroc", "ap", "val_auroc")),
+                          *(spread(r[k] for r in runs.values())
+                            for k in ("auroc", "auroc_cos", "within_group_auroc", "ap", "val_auroc", "val_cos")),
                           f"{statistics.fmean(r['minutes'] for r in runs.values()):.1f}"])
-    return markdown(["third view", *(f"seed {s}" for s in SEEDS), "AUROC", "within group", "average precision", "`val_auroc`",
-                     "minutes"], table)
+    return markdown(["third view", *(f"seed {s}" for s in SEEDS), "AUROC", "`cos` alone", "within group", "average precision",
+                     "`val_auroc`", "`val_cos`", "minutes"], table)
 
 
 def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
@@ -87,34 +96,43 @@ def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
 
 
 def comparisons(rows, scores, setting):
-    """The paired differences of PAIRS at one setting, over the reporting seeds that both sides have."""
-    labels, table = scores["labels"], []
-    for pair in PAIRS:
-        runs = [{r["seed"]: scores[r["dissolve"], r["settings"], r["seed"], r["steps"]] for r in last(rows)
-                 if (r["dissolve"], r["setting"]) == (mode, setting) and r["seed"] in SEEDS and r["auroc"]} for mode in pair]
-        seeds = sorted(set(runs[0]) & set(runs[1]))
+    """The paired differences of PAIRS at one setting, by the full score and by its cosine, over the seeds of both sides."""
+    table = []
+    for first, second in PAIRS:
+        a, b = of(rows, first, setting), of(rows, second, setting)
+        seeds = sorted(set(a) & set(b))
         if seeds:
-            gap, low, high = paired_bootstrap(labels, *([run[s] for s in seeds] for run in runs))
-            table.append([f"{pair[0]} - {pair[1]}", f"{gap:+.3f}", f"{low:+.3f} to {high:+.3f}", ", ".join(map(str, seeds))])
-    return markdown(["AUROC", "difference", "95% interval", "seeds"], table)
+            line = [f"{first} - {second}", ", ".join(map(str, seeds))]
+            for part in PARTS:
+                sides = ([scores[key(runs[s]), part] for s in seeds] for runs in (a, b))
+                gap, low, high = paired_bootstrap(scores["labels"], *sides)
+                line.append(f"{gap:+.3f} ({low:+.3f} to {high:+.3f})")
+            table.append(line)
+    return markdown(["difference of AUROC, 95% interval", "seeds", "full score", "`cos` alone"], table)
+
+
+def key(row):
+    """What tells a run from others in both tables."""
+    return row["data"], row["dissolve"], row["settings"], int(row["seed"]), int(row["steps"])
 
 
 def read_scores(path):
-    """results-scores.csv as {(dissolve, settings, seed, steps): (Q,) array}, and {"labels": (Q,)}."""
+    """results-scores.csv as {(key of the run, part): (Q,) array}, and {"labels": (Q,)}."""
     with open(path, newline="") as file:
-        return {("labels" if r["dissolve"] == "labels" else (r["dissolve"], r["settings"], int(r["seed"]), int(r["steps"]))):
-                np.array(r["scores"].split(), float) for r in csv.DictReader(file)}
+        return {"labels" if r["part"] == "labels" else (key(r), r["part"]): np.array(r["values"].split(), float)
+                for r in csv.DictReader(file)}
 
 
-def search(rows, base):
-    """val_auroc of every choice tried with other seeds than the reporting ones, by mode; `base`: the setting words left out."""
-    runs = [r for r in last(rows) if r["seed"] not in SEEDS and r["val_auroc"] is not None]
+def search(rows):
+    """val_auroc and val_cos of every setting tried with other seeds than the reporting ones, by mode."""
     found = {}
-    for r in runs:
-        words = [w for w in r["settings"].split() if w not in base.split() and not w.startswith(("stage1_batch", "stage1_lr"))]
-        found.setdefault(" ".join(words) or "as it is", {}).setdefault(r["dissolve"], []).append(r["val_auroc"])
-    return markdown(["change", *(f"`{m}`" for m in MODES)],
-                    [[name, *(", ".join(f"{v:.3f}" for v in by.get(m, [])) for m in MODES)] for name, by in found.items()])
+    for r in rows:
+        if r["last"] and r["seed"] not in SEEDS and r["val_auroc"] is not None:
+            text = f"{r['val_auroc']:.3f}" + ("" if r["val_cos"] is None else f" / {r['val_cos']:.3f}")
+            found.setdefault(r["setting"], {}).setdefault(r["dissolve"], []).append(text)
+    modes = [m for m in MODES if any(m in by for by in found.values())]
+    return markdown(["`val_auroc` / `val_cos`", *(f"`{m}`" for m in modes)],
+                    [[name, *(", ".join(by.get(m, [])) for m in modes)] for name, by in found.items()])
 
 
 def put(text, name, table):
@@ -125,20 +143,20 @@ def put(text, name, table):
     return pattern.sub(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text)
 
 
-def plot_curves(path, rows, settings):
-    """AUROC on the test set over steps, a panel a setting: a line through the means of each mode, a dot each seed."""
+def plot_curves(path, rows, settings, value="auroc"):
+    """Test AUROC over steps, a panel a setting: a line through the means of each mode, a dot each seed."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
     panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
-    for axes, (title, setting) in zip(panels, settings.items(), strict=True):
+    for axes, setting in zip(panels, settings, strict=True):
         for i, mode in enumerate(MODES):
-            runs = [r for r in rows if (r["dissolve"], r["setting"]) == (mode, setting) and r["seed"] in SEEDS and r["auroc"]]
+            runs = [r for r in rows if (r["dissolve"], r["setting"]) == (mode, setting) and r["seed"] in SEEDS and r[value]]
             if runs:
                 steps = sorted({r["steps"] for r in runs})
-                means = [statistics.fmean(r["auroc"] for r in runs if r["steps"] == s) for s in steps]
+                means = [statistics.fmean(r[value] for r in runs if r["steps"] == s) for s in steps]
                 axes.plot(steps, means, color=f"C{i}", label=mode)
-                axes.plot([r["steps"] for r in runs], [r["auroc"] for r in runs], ".", color=f"C{i}")
-        axes.set(title=title, xlabel="steps")
+                axes.plot([r["steps"] for r in runs], [r[value] for r in runs], ".", color=f"C{i}")
+        axes.set(title=setting, xlabel="steps")
     axes.legend()
     figure.axes[0].set_ylabel("AUROC on the test set")
     figure.savefig(path, dpi=110)
@@ -161,3 +179,20 @@ def plot_sensitivity(path, probes, setting):
     axes.legend()
     figure.axes[0].set_ylabel("AUROC")
     figure.savefig(path, dpi=110)
+
+
+def readme():
+    """The text of README.md with all tables of the study as the csv files have them."""
+    rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
+    settings = sorted({r["setting"] for r in rows if r["last"] and r["auroc"] is not None}, key=lambda s: (int(s.split()[0]), s))
+    tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings)
+    return put(put(README.read_text(), "contrast", tables), "search", search(rows))
+
+
+def main():
+    README.write_text(readme())
+    print(f"wrote the tables in {README}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The study: paired bootstrap, tables from the csv files, README in step with them, the probe."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from test_scripts import STAGE2, call, chain  # noqa: F401  (chain is a fixture)
+
+import dia_lib
+import evaluate
+import train_dia
+from study import probe, results
+
+HEADER = "data,dissolve,settings,seed,steps,minutes,val_auroc,auroc,ap,within_group_auroc,val_cos,auroc_cos,commit"
+USUAL = "image_size=64 batch_size=16 crop_min=0.3 optimizer=adamw"
+ROWS = [f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,400,8.0,0.70,0.71,0.8,0.75,0.8,0.79,abc",
+        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,1,400,9.0,0.72,0.73,0.8,0.77,0.8,0.81,abc",
+        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,200,4.0,0.60,0.61,0.8,0.75,0.8,0.79,abc",       # kept on the way
+        f"elpv,none,{USUAL} steps=400,1,400,5.0,0.70,0.7,0.8,0.75,0.8,0.8,abc",
+        f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,5.0,0.66,,,,,,abc"]
+
+
+@pytest.fixture
+def tables(tmp_path):
+    (tmp_path / "results.csv").write_text("\n".join([HEADER, *ROWS]) + "\n")
+    return results.read(tmp_path / "results.csv")
+
+
+def test_bootstrap_gives_the_difference_and_nothing_for_equal_runs():
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 30 + [1] * 50)
+    a, b = rng.normal(size=(2, 80)).round(1), rng.normal(size=(2, 80)).round(1) + 0.5 * labels          # with ties
+    gap, low, high = results.paired_bootstrap(labels, a, b)
+    expected = np.mean([roc_auc_score(labels, x) - roc_auc_score(labels, y) for x, y in zip(a, b, strict=True)])
+    assert gap == pytest.approx(expected) and low < gap < high
+    assert results.paired_bootstrap(labels, a, a) == (0, 0, 0)
+
+
+def test_bootstrap_interval_covers_at_about_its_rate_and_pairing_narrows_it():
+    """True difference 0: two noisy readings of the same images. Paired intervals are narrower than those of other images."""
+    covered, widths = 0, []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        labels = np.array([0] * 60 + [1] * 90)
+        image = rng.normal(size=150) + labels
+        a, b = image + 0.5 * rng.normal(size=(2, 1, 150))
+        _, low, high = results.paired_bootstrap(labels, a, b, 500)
+        covered += low <= 0 <= high
+        other = rng.normal(size=(1, 150)) + labels + 0.5 * rng.normal(size=(1, 150))
+        wide = results.paired_bootstrap(labels, a, other, 500)
+        widths.append((high - low) / (wide[2] - wide[1]))
+    assert 85 <= covered <= 100 and np.mean(widths) < 0.8
+
+
+def test_tables_say_what_the_csv_says(tables):
+    assert [r["setting"] for r in tables] == ["400 steps"] * 4 + ["400 steps, tau=0.2, holdout=0.3"]
+    lines = results.contrast(tables, "400 steps").splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells[2][:5] == ["DIA (`diffusion`)", "0.710", "0.730", "", "0.720 ± 0.014"] and cells[2][-1] == "8.5"
+    assert cells[3][:5] == ["CSI (`none`)", "", "0.700", "", "0.700"] and len(cells) == 4
+    found = results.search(tables)
+    assert "0.660" in found and "tau=0.2" in found and "0.7" not in found.replace("`", "")               # dev seeds alone
+    text = "a\n<!-- study: x -->\nold\n<!-- end -->\nb"
+    assert results.put(text, "x", "| new |") == "a\n<!-- study: x -->\n\n| new |\n\n<!-- end -->\nb"
+    with pytest.raises(SystemExit, match="no block"):
+        results.put(text, "y", "")
+
+
+def test_comparison_takes_the_seeds_of_both_sides(tables):
+    rng, labels = np.random.default_rng(0), np.array([0] * 30 + [1] * 50)
+    scores = {"labels": labels} | {(results.key(r), part): rng.normal(size=80) for r in tables for part in results.PARTS}
+    line = results.comparisons(tables, scores, "400 steps").splitlines()[2]
+    assert line.startswith("| diffusion - none | 1 | ")
+    a, b = (scores[results.key(tables[i]), "score"] for i in (1, 3))
+    assert f"{roc_auc_score(labels, a) - roc_auc_score(labels, b):+.3f} (" in line
+
+
+def test_readme_is_in_step_with_the_results():
+    """What python -m study.results writes is what stands in the README: no number typed by hand, none forgotten."""
+    assert results.readme() == results.README.read_text()
+
+
+def test_plots_are_drawn(tables, tmp_path):
+    pytest.importorskip("matplotlib")
+    results.plot_curves(tmp_path / "curves.png", tables, ["400 steps"])
+    probes = [{"dissolve": m, "setting": "400 steps", **{f"auroc_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}}
+              for m in ("diffusion", "none")]
+    results.plot_sensitivity(tmp_path / "sensitivity.png", probes, "400 steps")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("curves", "sensitivity"))
+
+
+def test_spots_are_one_dark_disc_inside_the_image():
+    images = torch.full((50, 1, 64, 64), 200, dtype=torch.uint8)
+    for diameter in probe.DIAMETERS:
+        out = probe.spots(images, diameter, 0.4, dia_lib.step_generator("cpu", 0, "spots", 0))
+        area = (200 - out.float()).sum((1, 2, 3)) / (200 * 0.4)
+        assert torch.allclose(area, torch.full_like(area, 3.1416 * (64 * diameter / 2) ** 2), rtol=0.25)
+        assert out.min() >= 120 and (out[:, :, [0, -1]] == 200).float().mean() > 0.9
+    assert not torch.equal(out[0], out[1])
+
+
+def test_probe_of_a_run(chain, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Similarities of an encoder that has seen little, and a spot that is hard to miss against one that can't be seen."""
+    monkeypatch.setattr(probe, "DIAMETERS", (1 / 16, 1 / 2))
+    monkeypatch.setattr(probe, "CONTRASTS", (0.001, 0.8))
+    argv = ["--out", chain, "--diffusion", chain / "diffusion.pt", "--results", tmp_path / "probe.csv"]
+    assert call(probe, *argv) is None and call(probe, *argv) is None
+    row, = csv.DictReader((tmp_path / "probe.csv").open())
+    assert {"sim_resize", "sim_diffusion", "sim_residual", "sim_augmented", "sim_other", "auroc_0.5_0.8"} <= row.keys()
+    assert row["dissolve"] == "diffusion" and all(-1 <= float(v) <= 1 for k, v in row.items() if k.startswith("sim_"))
+    assert 0.4 <= float(row["auroc_0.0625_0.001"]) <= 0.6
+    other = tmp_path / "other"
+    args = ["--data", folder, "--out", other, *STAGE2, "--holdout", "0.2", "--dissolve", "none", "--steps", 1]
+    assert call(train_dia, *args) is None
+    assert "not trained on the same images" in call(probe, "--out", other, *argv[2:])
+    assert evaluate.run_key(torch.load(chain / "dia.pt", weights_only=True))["steps"] == 4
