@@ -43,6 +43,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 K = 4  # both families of shifts have four members
+SCORES = ("csi", "cos", "local")  # CSI's full score (the paper's), its cosine alone, the nearest neighbour of local features
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedule and dissolving
@@ -399,6 +400,11 @@ class Encoder(nn.Module):
         self.projection = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
         self.shift = nn.Linear(512, K)
 
+    def local(self, x):
+        """Features of the third stage, before any pooling: (n, 256, H/16, W/16), H/4 with the cifar stem."""
+        b, x = self.backbone, ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+        return b.layer3(b.layer2(b.layer1(b.maxpool(b.relu(b.bn1(b.conv1(x)))))))
+
     def forward(self, x):
         x = ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
         h = self.backbone(x)                                                # (n, 512)
@@ -515,6 +521,51 @@ def csi_parts(stats, z, logits, chunk=None):
 def csi_score(stats, z, logits):
     """CSI's ensemble over shifts, (Q,), higher = more anomalous (CSI's own points the other way; turned in csi_parts)."""
     return csi_parts(stats, z, logits)["score"]
+
+
+@torch.no_grad()
+def local_features(encoder, images, device, batch=96):
+    """The direction of the encoder's features at each of P positions of each image, (n, P, 256) float32 on the CPU, length 1.
+
+    images: (n, C', H, W) uint8; no shift, no augmentation. P = (H/16)**2, (H/4)**2 with the cifar stem.
+    """
+    training, channels, found = encoder.training, encoder.backbone.conv1.in_channels, []
+    encoder.eval()
+    for chunk in images.split(batch):
+        with autocast(device):
+            maps = encoder.local(to_float(chunk, channels, device))                     # (b, 256, h, w)
+        found.append(F.normalize(maps.float().flatten(2).transpose(1, 2), dim=2).cpu())
+    encoder.train(training)
+    return torch.cat(found)
+
+
+def local_fit(features, most=50_000):
+    """What local_score needs: (M, P, D) of the normal training images -> (at most `most`, D), drawn by a fixed seed."""
+    flat = features.flatten(0, 1)
+    return flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:most]].clone()
+
+
+def local_score(known, features):
+    """The position least like any of the normal training images: max over positions of 1 - cosine to the nearest, (Q,).
+
+    known: of local_fit; features: (Q, P, D) of local_features. Higher = more anomalous. Not in the paper: the nearest
+    neighbour of PatchCore (Roth et al. 2022, arXiv:2106.08265) on the features of an encoder trained here, not on ImageNet.
+    """
+    chunk = max(1, 2 ** 24 // (len(known) * features.shape[1]))                         # about 64 MB
+    return torch.cat([1 - (part @ known.T).amax(2).amin(1) for part in features.split(chunk)])
+
+
+def fit_normals(encoder, images, shift, passes, device, batch=96, name=None, jitter=1.0):
+    """All that the scores need of the normal training images: csi_fit's dict and "local". See `embed`, `local_features`."""
+    stats = csi_fit(*embed(encoder, images, shift, passes, device, batch, name, jitter))
+    return stats | {"local": local_fit(local_features(encoder, images, device, batch))}
+
+
+def score_images(encoder, stats, images, shift, passes, device, batch=96, name=None, jitter=1.0):
+    """All SCORES and parts of scores of the images: a dict of (Q,), higher = more anomalous; "csi" is csi_score."""
+    parts = csi_parts(stats, *embed(encoder, images, shift, passes, device, batch, name, jitter))
+    local = local_score(stats["local"], local_features(encoder, images, device, batch))
+    return {"csi": parts.pop("score"), **parts, "local": local}
 
 
 # =====================================================================================================================

@@ -24,15 +24,20 @@ from scipy.stats import bootstrap, mannwhitneyu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_lib import (
-    Encoder, K, Log, UNet, alpha_bar, csi_fit, csi_parts, csi_score, data_name, dissolve_view, embed, fit_to, load_checkpoint,
-    load_data, pick_device, run, save_checkpoint, save_grid, sha256_of, shared_flags, to_float, whole,
+    SCORES, Encoder, K, Log, UNet, alpha_bar, data_name, dissolve_view, fit_normals, fit_to, load_checkpoint, load_data,
+    pick_device, run, save_checkpoint, save_grid, score_images, sha256_of, shared_flags, to_float, whole,
 )
+
+
+VALIDATION = {"csi": "val_auroc", "cos": "val_cos", "local": "val_local"}
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_flags(parser, data=None)
     parser.add_argument("--out", nargs="+", metavar="RUN", help="folders of runs (default: runs/<data>)")
+    parser.add_argument("--score", choices=SCORES, default="csi", help="csi: CSI's full score, the paper's; cos: its cosine "
+                        "alone; local: nearest neighbour of local features (default: csi)")
     parser.add_argument("--passes", type=int, default=10, help="test-time passes averaged (default: 10)")
     parser.add_argument("--batch-size", type=int, default=96, help="images a step, before shifts (default: 96)")
     parser.add_argument("--results", metavar="FILE", help="append each run to this csv table (a run already there is replaced), "
@@ -72,7 +77,7 @@ def within_groups(labels, scores, groups):
             if len(set(labels[groups == g])) == 2}
 
 
-def floors(data, encoder, shift, jitter, device, batch):
+def floors(data, encoder, shift, jitter, part, device, batch):
     """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
     labels = data.labels.numpy()
 
@@ -85,8 +90,8 @@ def floors(data, encoder, shift, jitter, device, batch):
     nearest = torch.cat([torch.cdist(chunk, train).amin(1) for chunk in test.split(256)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                     # untrained: that is the point
-        stats = csi_fit(*embed(encoder, data.train, shift, 1, device, batch, jitter=jitter))
-        untrained = csi_score(stats, *embed(encoder, data.test, shift, 1, device, batch, jitter=jitter))
+        stats = fit_normals(encoder, data.train, shift, 1, device, batch, jitter=jitter)
+        untrained = score_images(encoder, stats, data.test, shift, 1, device, batch, jitter=jitter)[part]
     scores = {"minus mean brightness": -brightness[:, 0], "nearest neighbour on 32 px pixels": nearest,
               "encoder untrained": untrained}
     return {name: float(roc_auc_score(labels, score.cpu().numpy())) for name, score in scores.items()}
@@ -146,20 +151,21 @@ def evaluate(out, args, device):
     key = sha256_of(out / "dia.pt")
     stats = load_stats(out / "stats.pt", key, args.passes)
     if stats is None:
-        stats = csi_fit(*embed(encoder, data.train, s["shift"], args.passes, device, args.batch_size, "training images",
-                               s["jitter"]))
+        stats = fit_normals(encoder, data.train, s["shift"], args.passes, device, args.batch_size, "training images",
+                            s["jitter"])
         save_checkpoint(out / "stats.pt", "stats", {"key": key, "passes": args.passes}, stats)
-    parts = csi_parts(stats, *embed(encoder, data.test, s["shift"], args.passes, device, args.batch_size, "test images",
-                                    s["jitter"]))
-    scores = parts["score"].numpy()
+    parts = score_images(encoder, stats, data.test, s["shift"], args.passes, device, args.batch_size, "test images",
+                         s["jitter"])
+    scores = parts[args.score].numpy()
 
     auroc, interval = auroc_interval(labels, scores)
     groups = within_groups(labels, scores, data.groups)
     metrics = {
-        "auroc": auroc, "auroc_interval_95": interval, "average_precision": float(average_precision_score(labels, scores)),
-        "parts_auroc": {n: float(roc_auc_score(labels, p.numpy())) for n, p in parts.items() if n != "score"},
+        "score": args.score, "auroc": auroc, "auroc_interval_95": interval,
+        "average_precision": float(average_precision_score(labels, scores)),
+        "parts_auroc": {n: float(roc_auc_score(labels, p.numpy())) for n, p in parts.items()},
         "within_group_auroc": groups, "within_group_mean": statistics.fmean(groups.values()) if groups else None,
-        "floors_auroc": floors(data, untrained, s["shift"], s["jitter"], device, args.batch_size),
+        "floors_auroc": floors(data, untrained, s["shift"], s["jitter"], args.score, device, args.batch_size),
         "normals": int((labels == 0).sum()), "anomalies": int(labels.sum()), "passes": args.passes, "step": state["step"],
         "settings": s, "seconds": round(time.perf_counter() - begun, 1)}
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
@@ -174,9 +180,9 @@ def evaluate(out, args, device):
               + f"  mean {metrics['within_group_mean']:.3f}")
     for name, floor in metrics["floors_auroc"].items():
         print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
-    examples(out / "examples.png", data, parts["score"], s, out, device)
+    examples(out / "examples.png", data, parts[args.score], s, out, device)
     if args.results:
-        append_result(Path(args.results), state, metrics, labels, parts)
+        append_result(Path(args.results), state, labels, parts, data.groups)
     print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s", flush=True)
     return metrics
 
@@ -191,27 +197,28 @@ def run_key(state):
             "steps": state["step"]}
 
 
-def append_result(path, state, metrics=None, labels=None, parts=None):
-    """Append a run to the table at path, and its scores beside it; a run that is there already is replaced.
+def append_result(path, state, labels=None, parts=None, groups=None):
+    """Append a run to the table at path, a row for each of SCORES, and its scores beside it; rows there already are replaced.
 
-    Without metrics, labels and parts, what the checkpoint knows of held-out normals alone.
+    Without labels, parts and groups (those of the test images), what the checkpoint knows of held-out normals alone.
     """
-    run, metrics = run_key(state), metrics or {}
-    validation = state.get("validation", {})
-    figures = {"minutes": state.get("seconds", math.nan) / 60, "val_auroc": validation.get("val_auroc"),
-               "auroc": metrics.get("auroc"), "ap": metrics.get("average_precision"),
-               "within_group_auroc": metrics.get("within_group_mean"), "val_cos": validation.get("val_cos"),
-               "auroc_cos": metrics.get("parts_auroc", {}).get("cos")}
-    figures = {k: "" if v is None else f"{v:.4f}" for k, v in figures.items()}
-    row = {**run, **figures, "commit": state["settings"].get("commit", "")}
-    insert(path, list(row), row, list(run))
-    if parts:
-        path = path.with_name(f"{path.stem}-scores{path.suffix}")
-        blank, texts = dict.fromkeys(run, ""), {p: " ".join(f"{v:.5g}" for v in parts[p].tolist()) for p in ("score", "cos")}
-        rows = [{**blank, "data": run["data"], "part": "labels", "values": " ".join(map(str, labels))},
-                *({**run, "part": part, "values": text} for part, text in texts.items())]
-        for row in rows:
-            insert(path, list(row), row, [*run, "part"])
+    run, validation, blank = run_key(state), state.get("validation", {}), dict.fromkeys(run_key(state), "")
+    scores_path = path.with_name(f"{path.stem}-scores{path.suffix}")
+    for score in SCORES:
+        figures = {"minutes": state.get("seconds", math.nan) / 60, "val_auroc": validation.get(VALIDATION[score]),
+                   "auroc": None, "ap": None, "within_group_auroc": None}
+        if parts:
+            values = parts[score].numpy()
+            within = within_groups(labels, values, groups)
+            figures |= {"auroc": roc_auc_score(labels, values), "ap": average_precision_score(labels, values),
+                        "within_group_auroc": statistics.fmean(within.values()) if within else None}
+        figures = {k: "" if v is None else f"{v:.4f}" for k, v in figures.items()}
+        row = {**run, "score": score, **figures, "commit": state["settings"].get("commit", "")}
+        insert(path, list(row), row, [*run, "score"])
+        if parts:
+            for row in ({**blank, "data": run["data"], "score": "labels", "values": " ".join(map(str, labels))},
+                        {**run, "score": score, "values": " ".join(f"{v:.5g}" for v in values)}):
+                insert(scores_path, list(row), row, [*run, "score"])
 
 
 def insert(path, columns, row, key):
@@ -241,7 +248,7 @@ def load_stats(path, key, passes):
         state = load_checkpoint(path, "stats", "cpu")
     except SystemExit:
         return None                                                         # it is made again
-    return state if (state["settings"]["key"], state["settings"]["passes"]) == (key, passes) else None
+    return state if (state["settings"]["key"], state["settings"]["passes"]) == (key, passes) and "local" in state else None
 
 
 def write(path, writer):

@@ -24,9 +24,9 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from dia_lib import (
-    Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, cache_path, check_batch, check_loss, check_weights,
-    code_version, contrastive_loss, csi_fit, csi_parts, dissolve_small, dissolve_view, embed, fit_to, load_checkpoint,
-    load_data, make_views, parse_training, pick_device, place, precision, report_time, run, save_checkpoint, send,
+    SCORES, Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, cache_path, check_batch, check_loss, check_weights,
+    code_version, contrastive_loss, dissolve_small, dissolve_view, embed, fit_normals, fit_to, load_checkpoint, load_data,
+    make_views, parse_training, pick_device, place, precision, report_time, run, save_checkpoint, score_images, send,
     sha256_of, step_generator, synthetic_defects, to_float, training_flags,
 )
 
@@ -181,25 +181,28 @@ def readable(z, logits, labels, views):
 
 
 def validate(encoder, train, held, shift, jitter, device):
-    """Label-free numbers on held-out normals: val_auroc against the same images with a synthetic defect, shift_acc_held.
+    """Label-free numbers on held-out normals against the same images with a synthetic defect, and shift_acc_held.
 
-    train: (M, ...), held: (n, ...) uint8. val_auroc is the mean over the two kinds of defect, val_cos the same by the
-    score's cosine alone. Draws nothing at random that depends on the run, so that runs can be compared.
+    train: (M, ...), held: (n, ...) uint8. val_auroc is by CSI's score, val_cos by its cosine, val_local by local_score;
+    each is the mean over the two kinds of defect. Draws nothing at random that depends on the run, so that runs can be
+    compared.
     """
-    stats = csi_fit(*embed(encoder, train[:512], shift, 2, device, jitter=jitter))
+    stats = fit_normals(encoder, train[:512], shift, 2, device, jitter=jitter)
     z, logits = embed(encoder, held, shift, 2, device, jitter=jitter)
     if not z.isfinite().all():
         raise SystemExit("the embeddings of held-out images are not finite: training has diverged. Try a smaller --lr.")
-    normal, row, cos = csi_parts(stats, z, logits), {}, []
+    normal, auroc = score_images(encoder, stats, held, shift, 2, device, jitter=jitter), {}
     for i, kind in enumerate(("line", "patch")):
         generator = step_generator("cpu", 0, "synthetic defects", i)
         defects = torch.cat([synthetic_defects(held, kind, generator) for _ in range(3)])
-        parts = csi_parts(stats, *embed(encoder, defects, shift, 2, device, jitter=jitter))
-        labels = [0] * len(held) + [1] * len(defects)
-        row[f"val_{kind}"] = float(roc_auc_score(labels, torch.cat([normal["score"], parts["score"]])))
-        cos.append(float(roc_auc_score(labels, torch.cat([normal["cos"], parts["cos"]]))))
+        parts = score_images(encoder, stats, defects, shift, 2, device, jitter=jitter)
+        for name in SCORES:
+            scores = torch.cat([normal[name], parts[name]])
+            auroc[name, kind] = float(roc_auc_score([0] * len(held) + [1] * len(defects), scores))
+    mean = {name: (auroc[name, "line"] + auroc[name, "patch"]) / 2 for name in SCORES}
     correct = logits.argmax(2) == torch.arange(K)                               # (n, K)
-    return {"val_auroc": sum(row.values()) / 2, **row, "val_cos": sum(cos) / 2, "shift_acc_held": correct.float().mean().item()}
+    return {"val_auroc": mean["csi"], "val_line": auroc["csi", "line"], "val_patch": auroc["csi", "patch"],
+            "val_cos": mean["cos"], "val_local": mean["local"], "shift_acc_held": correct.float().mean().item()}
 
 
 def main():

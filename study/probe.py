@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
 from dia_lib import (
-    Encoder, K, UNet, alpha_bar, augment, autocast, csi_fit, csi_score, dissolve_view, draw_augment, embed, load_checkpoint,
-    load_data, pick_device, run, step_generator, to_float,
+    SCORES, Encoder, K, UNet, alpha_bar, augment, autocast, dissolve_view, draw_augment, fit_normals, load_checkpoint, load_data,
+    pick_device, run, score_images, step_generator, to_float,
 )
 from evaluate import insert, run_key
 
@@ -57,18 +57,21 @@ def similarities(encoder, x, unet, abar, t, size, jitter):
 
 
 def sensitivity(encoder, train, held, shift, jitter, device):
-    """AUROC of held-out normals against themselves with a spot, {"auroc_<diameter>_<contrast>": value}; the same spots for all.
+    """AUROC of held-out normals against themselves with a spot, {"<score>_<diameter>_<contrast>": value}; the same spots for all.
 
     train: (M, ...), held: (n, ...) uint8. As in `validate` of train_dia.py: 512 training images, 2 passes.
     """
-    stats = csi_fit(*embed(encoder, train[:512], shift, 2, device, jitter=jitter))
-    normal, row = csi_score(stats, *embed(encoder, held, shift, 2, device, jitter=jitter)), {}
+    stats = fit_normals(encoder, train[:512], shift, 2, device, jitter=jitter)
+    normal, row = score_images(encoder, stats, held, shift, 2, device, jitter=jitter), {}
     for i, diameter in enumerate(DIAMETERS):
         for contrast in CONTRASTS:
             generator = step_generator("cpu", 0, "spots", i)                            # the same places for each contrast
             images = torch.cat([spots(held, diameter, contrast, generator) for _ in range(2)])
-            scores = torch.cat([normal, csi_score(stats, *embed(encoder, images, shift, 2, device, jitter=jitter))])
-            row[f"auroc_{diameter:g}_{contrast:g}"] = float(roc_auc_score([0] * len(held) + [1] * len(images), scores))
+            parts = score_images(encoder, stats, images, shift, 2, device, jitter=jitter)
+            labels = [0] * len(held) + [1] * len(images)
+            for score in SCORES:
+                value = float(roc_auc_score(labels, torch.cat([normal[score], parts[score]])))
+                row[f"{score}_{diameter:g}_{contrast:g}"] = value
     return row
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dia_lib import SCORES
 from train_dia import MODES, QUICK
 
 HERE, README = Path(__file__).parent, Path(__file__).parent.parent / "README.md"
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)"}
 PAIRS = [("diffusion", "none"), ("diffusion", "resize"), ("residual", "copy")]
 SEEDS = (0, 1, 2)                       # for reporting; choices are made with others
-PARTS = {"score": "auroc", "cos": "auroc_cos"}
 
 
 def read(path):
@@ -32,7 +32,7 @@ def read(path):
         row["last"] = f"steps={row['steps']}" in words                          # of the run's steps, not one kept on the way
         row |= {k: int(row[k]) for k in ("seed", "steps")}
         row |= {k: float(row[k]) if row[k] else None
-                for k in ("minutes", "val_auroc", "auroc", "ap", "within_group_auroc", "val_cos", "auroc_cos")}
+                for k in ("minutes", "val_auroc", "auroc", "ap", "within_group_auroc")}
         planned = next(w for w in words if w.startswith("steps=")).split("=")[1]
         other = [w for w in words if w not in usual and not w.startswith(("steps=", "stage1_"))]
         row["setting"] = ", ".join([f"{planned} steps", *other])
@@ -52,25 +52,26 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
-def of(rows, mode, setting):
+def of(rows, mode, setting, score):
     """{seed: row} of the reporting runs of a mode and setting that were tested at their last step."""
-    return {r["seed"]: r for r in rows if (r["dissolve"], r["setting"]) == (mode, setting) and r["last"]
+    return {r["seed"]: r for r in rows if (r["dissolve"], r["setting"], r["score"]) == (mode, setting, score) and r["last"]
             and r["seed"] in SEEDS and r["auroc"] is not None}
 
 
 def contrast(rows, setting):
-    """The table of one setting: a line a mode, the test AUROC of every reporting seed, their mean, and what goes with it."""
+    """The table of one setting: a line a mode; by each score the mean over seeds, and each seed's test AUROC."""
     table = []
     for mode in MODES:
-        runs = of(rows, mode, setting)
-        if runs:
-            values = [runs[s]["auroc"] if s in runs else None for s in SEEDS]
-            table.append([NAMES.get(mode, f"`{mode}`"), *("" if v is None else f"{v:.3f}" for v in values),
-                          *(spread(r[k] for r in runs.values())
-                            for k in ("auroc", "auroc_cos", "within_group_auroc", "ap", "val_auroc", "val_cos")),
-                          f"{statistics.fmean(r['minutes'] for r in runs.values()):.1f}"])
-    return markdown(["third view", *(f"seed {s}" for s in SEEDS), "AUROC", "`cos` alone", "within group", "average precision",
-                     "`val_auroc`", "`val_cos`", "minutes"], table)
+        runs = [of(rows, mode, setting, score) for score in SCORES]
+        if any(runs):
+            each = [", ".join(f"{by[s]['auroc']:.3f}" for s in sorted(by)) for by in runs]
+            means = [spread(r["auroc"] for r in by.values()) for by in runs]
+            table.append([NAMES.get(mode, f"`{mode}`"), ", ".join(map(str, sorted(runs[0]))),
+                          *(f"**{mean}** ({values})" for mean, values in zip(means, each, strict=True)),
+                          " / ".join(f"{statistics.fmean(r['val_auroc'] for r in by.values()):.3f}" for by in runs),
+                          f"{statistics.fmean(r['minutes'] for r in runs[0].values()):.1f}"])
+    return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES),
+                     "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
 
 
 def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
@@ -96,43 +97,43 @@ def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
 
 
 def comparisons(rows, scores, setting):
-    """The paired differences of PAIRS at one setting, by the full score and by its cosine, over the seeds of both sides."""
+    """The paired differences of PAIRS at one setting, by each score, over the seeds of both sides."""
     table = []
     for first, second in PAIRS:
-        a, b = of(rows, first, setting), of(rows, second, setting)
-        seeds = sorted(set(a) & set(b))
-        if seeds:
-            line = [f"{first} - {second}", ", ".join(map(str, seeds))]
-            for part in PARTS:
-                sides = ([scores[key(runs[s]), part] for s in seeds] for runs in (a, b))
-                gap, low, high = paired_bootstrap(scores["labels"], *sides)
-                line.append(f"{gap:+.3f} ({low:+.3f} to {high:+.3f})")
-            table.append(line)
-    return markdown(["difference of AUROC, 95% interval", "seeds", "full score", "`cos` alone"], table)
+        cells = []
+        for score in SCORES:
+            a, b = of(rows, first, setting, score), of(rows, second, setting, score)
+            seeds = sorted(set(a) & set(b))
+            if seeds:
+                gap, low, high = paired_bootstrap(scores["labels"], *([scores[key(runs[s])] for s in seeds] for runs in (a, b)))
+                cells.append(f"{gap:+.3f} ({low:+.3f} to {high:+.3f})")
+        if cells:
+            table.append([f"{first} - {second}", ", ".join(map(str, seeds)), *cells])
+    return markdown(["difference of AUROC, 95% interval", "seeds", *(f"`{s}`" for s in SCORES)], table)
 
 
 def key(row):
-    """What tells a run from others in both tables."""
-    return row["data"], row["dissolve"], row["settings"], int(row["seed"]), int(row["steps"])
+    """What tells a run and score from others in both tables."""
+    return row["data"], row["dissolve"], row["settings"], int(row["seed"]), int(row["steps"]), row["score"]
 
 
 def read_scores(path):
-    """results-scores.csv as {(key of the run, part): (Q,) array}, and {"labels": (Q,)}."""
+    """results-scores.csv as {key: (Q,) array}, and {"labels": (Q,)}."""
     with open(path, newline="") as file:
-        return {"labels" if r["part"] == "labels" else (key(r), r["part"]): np.array(r["values"].split(), float)
+        return {"labels" if r["score"] == "labels" else key(r): np.array(r["values"].split(), float)
                 for r in csv.DictReader(file)}
 
 
 def search(rows):
-    """val_auroc and val_cos of every setting tried with other seeds than the reporting ones, by mode."""
+    """val_auroc, by each score, of every setting tried with other seeds than the reporting ones, by mode."""
     found = {}
     for r in rows:
         if r["last"] and r["seed"] not in SEEDS and r["val_auroc"] is not None:
-            text = f"{r['val_auroc']:.3f}" + ("" if r["val_cos"] is None else f" / {r['val_cos']:.3f}")
-            found.setdefault(r["setting"], {}).setdefault(r["dissolve"], []).append(text)
+            found.setdefault(r["setting"], {}).setdefault(r["dissolve"], {}).setdefault(r["score"], []).append(r["val_auroc"])
     modes = [m for m in MODES if any(m in by for by in found.values())]
-    return markdown(["`val_auroc` / `val_cos`", *(f"`{m}`" for m in modes)],
-                    [[name, *(", ".join(by.get(m, [])) for m in modes)] for name, by in found.items()])
+    return markdown([" / ".join(f"`{s}`" for s in SCORES), *(f"`{m}`" for m in modes)],
+                    [[name, *(" / ".join(spread(by[m][s]) for s in SCORES) if m in by else "" for m in modes)]
+                     for name, by in found.items()])
 
 
 def put(text, name, table):
@@ -143,29 +144,30 @@ def put(text, name, table):
     return pattern.sub(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text)
 
 
-def plot_curves(path, rows, settings, value="auroc"):
-    """Test AUROC over steps, a panel a setting: a line through the means of each mode, a dot each seed."""
+def plot_curves(path, rows, settings, score):
+    """Test AUROC by one score over steps, a panel a setting: a line through the means of each mode, a dot each seed."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
     panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
     for axes, setting in zip(panels, settings, strict=True):
         for i, mode in enumerate(MODES):
-            runs = [r for r in rows if (r["dissolve"], r["setting"]) == (mode, setting) and r["seed"] in SEEDS and r[value]]
+            runs = [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == (mode, setting, score)
+                    and r["seed"] in SEEDS and r["auroc"] is not None]
             if runs:
                 steps = sorted({r["steps"] for r in runs})
-                means = [statistics.fmean(r[value] for r in runs if r["steps"] == s) for s in steps]
+                means = [statistics.fmean(r["auroc"] for r in runs if r["steps"] == s) for s in steps]
                 axes.plot(steps, means, color=f"C{i}", label=mode)
-                axes.plot([r["steps"] for r in runs], [r[value] for r in runs], ".", color=f"C{i}")
+                axes.plot([r["steps"] for r in runs], [r["auroc"] for r in runs], ".", color=f"C{i}")
         axes.set(title=setting, xlabel="steps")
     axes.legend()
-    figure.axes[0].set_ylabel("AUROC on the test set")
+    figure.axes[0].set_ylabel(f"AUROC on the test set, score {score}")
     figure.savefig(path, dpi=110)
 
 
-def plot_sensitivity(path, probes, setting):
+def plot_sensitivity(path, probes, setting, score):
     """AUROC of held-out normals against themselves with one dark spot: a panel a contrast, a line a mode, over the diameter."""
     from matplotlib.figure import Figure
-    cells = [name.split("_")[1:] for name in probes[0] if name.startswith("auroc_")]
+    cells = [name.split("_")[1:] for name in probes[0] if name.startswith(f"{score}_")]
     contrasts = sorted({c for _, c in cells}, key=float)
     figure = Figure(figsize=(3 * len(contrasts), 3.2), layout="constrained")
     for axes, contrast in zip(figure.subplots(1, len(contrasts), sharey=True), contrasts, strict=True):
@@ -173,7 +175,7 @@ def plot_sensitivity(path, probes, setting):
         for i, mode in enumerate(MODES):
             runs = [r for r in probes if (r["dissolve"], r["setting"]) == (mode, setting)]
             if runs:
-                means = [statistics.fmean(float(r[f"auroc_{d}_{contrast}"]) for r in runs) for d in diameters]
+                means = [statistics.fmean(float(r[f"{score}_{d}_{contrast}"]) for r in runs) for d in diameters]
                 axes.plot([100 * float(d) for d in diameters], means, color=f"C{i}", marker=".", label=mode)
         axes.set(title=f"{float(contrast):.0%} darker", xlabel="diameter, % of the side", xscale="log")
     axes.legend()

@@ -425,6 +425,27 @@ def test_an_untrained_classifier_is_left_out_with_a_warning():
     assert (stats["v"] == 0).all()
 
 
+def test_local_score_is_the_farthest_position_from_its_nearest():
+    g = torch.Generator().manual_seed(0)
+    normal, images = (F.normalize(torch.randn(n, 9, 5, generator=g), dim=2) for n in (7, 6))
+    known = lib.local_fit(normal)
+    slow = [max(min(1 - (p @ q).item() for q in normal.flatten(0, 1)) for p in image) for image in images]
+    assert known.shape == (63, 5) and np.allclose(lib.local_score(known, images), slow, atol=1e-6)
+    assert lib.local_score(known, normal).abs().max() < 1e-5 and lib.local_fit(normal, 10).shape == (10, 5)
+    assert torch.equal(lib.local_fit(normal, 10), lib.local_fit(normal, 10))
+
+
+@pytest.mark.parametrize("stem, P", [("imagenet", 4), ("cifar", 64)])
+def test_local_features_are_the_third_stage_of_the_plain_images(stem, P):
+    encoder, images = lib.Encoder(1, 4, stem).train(), torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8)
+    found = lib.local_features(encoder, images, torch.device("cpu"), batch=2)
+    assert found.shape == (3, P, 256) and torch.allclose(found.norm(dim=2), torch.ones(3, P), atol=1e-5) and encoder.training
+    kept = []
+    encoder.eval().backbone.layer3.register_forward_hook(lambda module, args, out: kept.append(out))
+    encoder(images.float() / 255)
+    assert torch.allclose(F.normalize(kept[0].flatten(2).transpose(1, 2), dim=2), found, atol=0.05)        # bfloat16
+
+
 def test_embedding_is_independent_of_batch_and_order():
     """A score depends on its image and the run: not on the batch it comes in, its order, nor on other images."""
     torch.manual_seed(0)

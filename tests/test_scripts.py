@@ -55,7 +55,7 @@ def test_chain_writes_what_the_readme_says(chain, folder, capsys):
     assert metrics["auroc"] == pytest.approx(roc_auc_score([int(r["label"]) for r in rows], [float(r["score"]) for r in rows]))
     low, high = metrics["auroc_interval_95"]
     assert low <= metrics["auroc"] <= high and len(metrics["floors_auroc"]) == 3 and set(metrics["parts_auroc"]) == {
-        "con", "cls", "cos", "norm"}
+        "csi", "con", "cls", "cos", "norm", "local"}
     log = [json.loads(line) for line in (chain / "log.jsonl").read_text().splitlines()]
     assert {"held_t0-29", "held_t30-129", "loss"} <= log[0].keys() and log[0]["zero"] == 0.798
     last = [r for r in log if r["stage"] == "dia"][-1]
@@ -99,27 +99,30 @@ def test_runs_are_gathered_in_a_table(chain, folder, tmp_path):
         assert call(evaluate, "--out", chain, tmp_path / "run", "--passes", passes, "--results", table) is None
     assert call(evaluate, "--out", tmp_path / "run/step-1", "--validation-only", "--results", table) is None
     rows = list(csv.DictReader(table.open()))
-    assert list(rows[0]) == ["data", "dissolve", "settings", "seed", "steps", "minutes", "val_auroc", "auroc", "ap",
-                             "within_group_auroc", "val_cos", "auroc_cos", "commit"]
-    assert [(r["data"], r["dissolve"], r["steps"]) for r in rows] == [("tiles", "diffusion", "4"), ("tiles", "resize", "2"),
-                                                                      ("tiles", "resize", "1")]
+    assert list(rows[0]) == ["data", "dissolve", "settings", "seed", "steps", "score", "minutes", "val_auroc", "auroc", "ap",
+                             "within_group_auroc", "commit"]
+    assert [(r["data"], r["dissolve"], r["steps"]) for r in rows[::3]] == [("tiles", "diffusion", "4"), ("tiles", "resize", "2"),
+                                                                           ("tiles", "resize", "1")]
+    assert [r["score"] for r in rows] == list(dia_lib.SCORES) * 3
     assert {"stage1_steps=4", "stage1_dim=8", "holdout=0.3", "steps=4"} <= set(rows[0]["settings"].split())
-    assert {"tau=0.2", "dissolve_size=40", "jitter=0.0"} <= set(rows[1]["settings"].split())
-    assert rows[2]["settings"] == rows[1]["settings"] and rows[2]["auroc"] == "" and 0 <= float(rows[2]["val_auroc"]) <= 1
-    for out, row in ((chain, rows[0]), (tmp_path / "run", rows[1])):
+    assert {"tau=0.2", "dissolve_size=40", "jitter=0.0"} <= set(rows[3]["settings"].split())
+    assert rows[6]["settings"] == rows[3]["settings"] and rows[6]["auroc"] == "" and 0 <= float(rows[6]["val_auroc"]) <= 1
+    scores = list(csv.DictReader((tmp_path / "study/results-scores.csv").open()))
+    assert [(r["dissolve"], r["score"]) for r in scores] == [("", "labels"), *((d, s) for d in ("diffusion", "resize")
+                                                                               for s in dia_lib.SCORES)]
+    labels = [int(v) for v in scores[0]["values"].split()]
+    for out, found, line in ((chain, rows[:3], scores[1:4]), (tmp_path / "run", rows[3:6], scores[4:7])):
         metrics = json.loads((out / "metrics.json").read_text())
-        assert metrics["passes"] == 2 and float(row["auroc"]) == pytest.approx(metrics["auroc"], abs=1e-4)
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         last = [r for r in log if "val_auroc" in r][-1]
-        assert float(row["val_auroc"]) == pytest.approx(last["val_auroc"], abs=1e-4)
-        assert float(row["val_cos"]) == pytest.approx(last["val_cos"], abs=1e-4)
-        assert float(row["minutes"]) * 60 == pytest.approx(last["seconds"], abs=3)
-    scores = list(csv.DictReader((tmp_path / "study/results-scores.csv").open()))
-    assert [(r["dissolve"], r["part"]) for r in scores] == [("", "labels"), *((d, p) for d in ("diffusion", "resize")
-                                                                              for p in ("score", "cos"))]
-    labels, full, cos = ([float(v) for v in r["values"].split()] for r in scores[:3])
-    assert roc_auc_score(labels, full) == pytest.approx(float(rows[0]["auroc"]), abs=1e-3)
-    assert roc_auc_score(labels, cos) == pytest.approx(float(rows[0]["auroc_cos"]), abs=1e-3)
+        assert metrics["passes"] == 2 and metrics["score"] == "csi"
+        assert float(found[0]["auroc"]) == pytest.approx(metrics["auroc"], abs=1e-4)
+        for row, values in zip(found, line, strict=True):
+            assert float(row["auroc"]) == pytest.approx(metrics["parts_auroc"][row["score"]], abs=1e-4)
+            again = roc_auc_score(labels, [float(v) for v in values["values"].split()])
+            assert float(row["auroc"]) == pytest.approx(again, abs=1e-3)
+            assert float(row["val_auroc"]) == pytest.approx(last[evaluate.VALIDATION[row["score"]]], abs=1e-4)
+            assert float(row["minutes"]) * 60 == pytest.approx(last["seconds"], abs=3)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert "another table" in call(evaluate, "--out", chain, "--validation-only", "--results", tmp_path / "other.csv")
 
@@ -172,7 +175,6 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, extra, chain, fol
         return {prefix: value}
 
     a, b = (flat(torch.load(o / f"{kind}.pt", weights_only=True)) for o in (out, whole))
-    a.pop("/seconds", 0), b.pop("/seconds", 0)
     if kind == "dia":
         assert 0 < a.pop("/seconds") and 0 < b.pop("/seconds")                  # the only thing that may differ
     assert a.keys() == b.keys() and any("momentum" in k or "exp_avg" in k for k in a)

@@ -13,13 +13,14 @@ import evaluate
 import train_dia
 from study import probe, results
 
-HEADER = "data,dissolve,settings,seed,steps,minutes,val_auroc,auroc,ap,within_group_auroc,val_cos,auroc_cos,commit"
+HEADER = "data,dissolve,settings,seed,steps,score,minutes,val_auroc,auroc,ap,within_group_auroc,commit"
 USUAL = "image_size=64 batch_size=16 crop_min=0.3 optimizer=adamw"
-ROWS = [f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,400,8.0,0.70,0.71,0.8,0.75,0.8,0.79,abc",
-        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,1,400,9.0,0.72,0.73,0.8,0.77,0.8,0.81,abc",
-        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,200,4.0,0.60,0.61,0.8,0.75,0.8,0.79,abc",       # kept on the way
-        f"elpv,none,{USUAL} steps=400,1,400,5.0,0.70,0.7,0.8,0.75,0.8,0.8,abc",
-        f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,5.0,0.66,,,,,,abc"]
+ROWS = [f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,400,csi,8.0,0.70,0.71,0.8,0.75,abc",
+        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,1,400,csi,9.0,0.72,0.73,0.8,0.77,abc",
+        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,200,csi,4.0,0.60,0.61,0.8,0.75,abc",       # kept on the way
+        f"elpv,none,{USUAL} steps=400,1,400,csi,5.0,0.70,0.7,0.8,0.75,abc",
+        f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,csi,5.0,0.66,,,,abc"]
+ROWS += [row.replace(",csi,", f",{score},") for row in ROWS for score in ("cos", "local")]
 
 
 @pytest.fixture
@@ -55,11 +56,11 @@ def test_bootstrap_interval_covers_at_about_its_rate_and_pairing_narrows_it():
 
 
 def test_tables_say_what_the_csv_says(tables):
-    assert [r["setting"] for r in tables] == ["400 steps"] * 4 + ["400 steps, tau=0.2, holdout=0.3"]
+    assert [r["setting"] for r in tables[:5]] == ["400 steps"] * 4 + ["400 steps, tau=0.2, holdout=0.3"]
     lines = results.contrast(tables, "400 steps").splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    assert cells[2][:5] == ["DIA (`diffusion`)", "0.710", "0.730", "", "0.720 ± 0.014"] and cells[2][-1] == "8.5"
-    assert cells[3][:5] == ["CSI (`none`)", "", "0.700", "", "0.700"] and len(cells) == 4
+    assert cells[2][:3] == ["DIA (`diffusion`)", "0, 1", "**0.720 ± 0.014** (0.710, 0.730)"] and cells[2][-1] == "8.5"
+    assert cells[3][:3] == ["CSI (`none`)", "1", "**0.700** (0.700)"] and len(cells) == 4
     found = results.search(tables)
     assert "0.660" in found and "tau=0.2" in found and "0.7" not in found.replace("`", "")               # dev seeds alone
     text = "a\n<!-- study: x -->\nold\n<!-- end -->\nb"
@@ -70,10 +71,10 @@ def test_tables_say_what_the_csv_says(tables):
 
 def test_comparison_takes_the_seeds_of_both_sides(tables):
     rng, labels = np.random.default_rng(0), np.array([0] * 30 + [1] * 50)
-    scores = {"labels": labels} | {(results.key(r), part): rng.normal(size=80) for r in tables for part in results.PARTS}
+    scores = {"labels": labels} | {results.key(r): rng.normal(size=80) for r in tables}
     line = results.comparisons(tables, scores, "400 steps").splitlines()[2]
     assert line.startswith("| diffusion - none | 1 | ")
-    a, b = (scores[results.key(tables[i]), "score"] for i in (1, 3))
+    a, b = (scores[results.key(tables[i])] for i in (1, 3))
     assert f"{roc_auc_score(labels, a) - roc_auc_score(labels, b):+.3f} (" in line
 
 
@@ -84,10 +85,10 @@ def test_readme_is_in_step_with_the_results():
 
 def test_plots_are_drawn(tables, tmp_path):
     pytest.importorskip("matplotlib")
-    results.plot_curves(tmp_path / "curves.png", tables, ["400 steps"])
-    probes = [{"dissolve": m, "setting": "400 steps", **{f"auroc_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}}
+    results.plot_curves(tmp_path / "curves.png", tables, ["400 steps"], "local")
+    probes = [{"dissolve": m, "setting": "400 steps", **{f"csi_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}}
               for m in ("diffusion", "none")]
-    results.plot_sensitivity(tmp_path / "sensitivity.png", probes, "400 steps")
+    results.plot_sensitivity(tmp_path / "sensitivity.png", probes, "400 steps", "csi")
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("curves", "sensitivity"))
 
 
@@ -108,9 +109,9 @@ def test_probe_of_a_run(chain, folder, tmp_path, monkeypatch, capsys):  # noqa: 
     argv = ["--out", chain, "--diffusion", chain / "diffusion.pt", "--results", tmp_path / "probe.csv"]
     assert call(probe, *argv) is None and call(probe, *argv) is None
     row, = csv.DictReader((tmp_path / "probe.csv").open())
-    assert {"sim_resize", "sim_diffusion", "sim_residual", "sim_augmented", "sim_other", "auroc_0.5_0.8"} <= row.keys()
+    assert {"sim_resize", "sim_diffusion", "sim_residual", "sim_augmented", "sim_other", "local_0.5_0.8"} <= row.keys()
     assert row["dissolve"] == "diffusion" and all(-1 <= float(v) <= 1 for k, v in row.items() if k.startswith("sim_"))
-    assert 0.4 <= float(row["auroc_0.0625_0.001"]) <= 0.6
+    assert 0.4 <= float(row["local_0.0625_0.001"]) <= 0.6
     other = tmp_path / "other"
     args = ["--data", folder, "--out", other, *STAGE2, "--holdout", "0.2", "--dissolve", "none", "--steps", 1]
     assert call(train_dia, *args) is None
