@@ -182,7 +182,7 @@ def evaluate(out, args, device):
         print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
     examples(out / "examples.png", data, parts[args.score], s, out, device)
     if args.results:
-        append_result(Path(args.results), state, labels, parts, data.groups)
+        append_result(Path(args.results), state, labels, parts, data.groups, metrics)
     print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s", flush=True)
     return metrics
 
@@ -197,10 +197,11 @@ def run_key(state):
             "steps": state["step"]}
 
 
-def append_result(path, state, labels=None, parts=None, groups=None):
+def append_result(path, state, labels=None, parts=None, groups=None, metrics=None):
     """Append a run to the table at path, a row for each of SCORES, and its scores beside it; rows there already are replaced.
 
-    Without labels, parts and groups (those of the test images), what the checkpoint knows of held-out normals alone.
+    Without labels, parts, groups (those of the test images) and metrics, what the checkpoint knows of held-out normals
+    alone. The floors of metrics get rows of their own, with steps 0.
     """
     run, validation, blank = run_key(state), state.get("validation", {}), dict.fromkeys(run_key(state), "")
     scores_path = path.with_name(f"{path.stem}-scores{path.suffix}")
@@ -214,11 +215,17 @@ def append_result(path, state, labels=None, parts=None, groups=None):
                         "within_group_auroc": statistics.fmean(within.values()) if within else None}
         figures = {k: "" if v is None else f"{v:.4f}" for k, v in figures.items()}
         row = {**run, "score": score, **figures, "commit": state["settings"].get("commit", "")}
-        insert(path, list(row), row, [*run, "score"])
+        columns = list(row)
+        insert(path, columns, row, [*run, "score"])
         if parts:
             for row in ({**blank, "data": run["data"], "score": "labels", "values": " ".join(map(str, labels))},
                         {**run, "score": score, "values": " ".join(f"{v:.5g}" for v in values)}):
                 insert(scores_path, list(row), row, [*run, "score"])
+    for name, value in (metrics or {"floors_auroc": {}})["floors_auroc"].items():
+        trained = {"seed": run["seed"], "score": metrics["score"]} if "untrained" in name else {"seed": "", "score": ""}
+        floor = {**dict.fromkeys(columns, ""), "data": run["data"], "dissolve": f"floor: {name}", "steps": 0, **trained,
+                 "settings": f"image_size={state['settings']['image_size']}", "auroc": f"{value:.4f}"}
+        insert(path, columns, floor, [*run, "score"])
 
 
 def insert(path, columns, row, key):

@@ -25,7 +25,7 @@ SEEDS = (0, 1, 2)                       # for reporting; choices are made with o
 def read(path):
     """The rows of results.csv as dicts: seed and steps int, figures float or None, and `setting`, without what --quick sets."""
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if not row["dissolve"].startswith("floor")]
     usual = {f"{k}={v}" for k, v in QUICK.items()}
     for row in rows:
         words = row["settings"].split()
@@ -72,6 +72,17 @@ def contrast(rows, setting):
                           f"{statistics.fmean(r['minutes'] for r in runs[0].values()):.1f}"])
     return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES),
                      "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
+
+
+def floors(path):
+    """The table of the floors in results.csv: means over the seeds of what has them."""
+    found = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["dissolve"].startswith("floor: ") and row["seed"] in ("", *map(str, SEEDS)):
+                name = row["dissolve"].removeprefix("floor: ") + (f", `{row['score']}`" if row["score"] else "")
+                found.setdefault((name, row["settings"].replace("image_size=", "") + " px"), []).append(float(row["auroc"]))
+    return markdown(["floor", "images", "AUROC"], [[*name, spread(values)] for name, values in sorted(found.items())])
 
 
 def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
@@ -188,7 +199,7 @@ def readme():
     rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
     settings = sorted({r["setting"] for r in rows if r["last"] and r["auroc"] is not None}, key=lambda s: (int(s.split()[0]), s))
     tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings)
-    return put(put(README.read_text(), "contrast", tables), "search", search(rows))
+    return put(put(README.read_text(), "contrast", f"{tables}\n\n{floors(HERE / 'results.csv')}"), "search", search(rows))
 
 
 def main():

@@ -98,7 +98,11 @@ def test_runs_are_gathered_in_a_table(chain, folder, tmp_path):
     for passes in (1, 2):
         assert call(evaluate, "--out", chain, tmp_path / "run", "--passes", passes, "--results", table) is None
     assert call(evaluate, "--out", tmp_path / "run/step-1", "--validation-only", "--results", table) is None
-    rows = list(csv.DictReader(table.open()))
+    every = list(csv.DictReader(table.open()))
+    rows = [r for r in every if not r["dissolve"].startswith("floor")]
+    floors = {r["dissolve"].removeprefix("floor: "): float(r["auroc"]) for r in every if r["dissolve"].startswith("floor")}
+    expected = json.loads((tmp_path / "run/metrics.json").read_text())["floors_auroc"]
+    assert len(every) == 12 and floors == pytest.approx(expected, abs=1e-4)
     assert list(rows[0]) == ["data", "dissolve", "settings", "seed", "steps", "score", "minutes", "val_auroc", "auroc", "ap",
                              "within_group_auroc", "commit"]
     assert [(r["data"], r["dissolve"], r["steps"]) for r in rows[::3]] == [("tiles", "diffusion", "4"), ("tiles", "resize", "2"),

@@ -20,12 +20,14 @@ ROWS = [f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,400,csi,8.0,0.70,0.71
         f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,200,csi,4.0,0.60,0.61,0.8,0.75,abc",       # kept on the way
         f"elpv,none,{USUAL} steps=400,1,400,csi,5.0,0.70,0.7,0.8,0.75,abc",
         f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,csi,5.0,0.66,,,,abc"]
+FLOORS = ["elpv,floor: pixels,image_size=64,,0,,,,0.8,,,", "elpv,floor: encoder untrained,image_size=64,1,0,local,,,0.6,,,",
+          "elpv,floor: encoder untrained,image_size=64,10,0,local,,,0.1,,,"]
 ROWS += [row.replace(",csi,", f",{score},") for row in ROWS for score in ("cos", "local")]
 
 
 @pytest.fixture
 def tables(tmp_path):
-    (tmp_path / "results.csv").write_text("\n".join([HEADER, *ROWS]) + "\n")
+    (tmp_path / "results.csv").write_text("\n".join([HEADER, *ROWS, *FLOORS]) + "\n")
     return results.read(tmp_path / "results.csv")
 
 
@@ -67,6 +69,11 @@ def test_tables_say_what_the_csv_says(tables):
     assert results.put(text, "x", "| new |") == "a\n<!-- study: x -->\n\n| new |\n\n<!-- end -->\nb"
     with pytest.raises(SystemExit, match="no block"):
         results.put(text, "y", "")
+
+
+def test_floors_are_those_of_the_reporting_seeds(tables, tmp_path):
+    assert results.floors(tmp_path / "results.csv").splitlines()[2:] == ["| encoder untrained, `local` | 64 px | 0.600 |",
+                                                                         "| pixels | 64 px | 0.800 |"]
 
 
 def test_comparison_takes_the_seeds_of_both_sides(tables):
