@@ -68,7 +68,8 @@ def arguments(argv=None):
     paper = vars(parser.parse_args([]))
     args, state = parse_training(parser, "dia", QUICK, argv)
     apart = {"data", "out", "seed", "device", "resume", "quick", "compile", "diffusion", "dissolve", "every", "keep"}
-    args.changed = {k: v for k, v in vars(args).items() if v != paper[k] and k not in apart}     # from the paper's settings
+    args.changed = state["settings"].get("changed", {}) if state else {     # from the paper's settings, before any is worked out
+        k: v for k, v in vars(args).items() if v != paper[k] and k not in apart}
     if args.t_range and not 0 <= args.t_range[0] < args.t_range[1] <= 1000:
         raise SystemExit(f"--t-range {args.t_range[0]} {args.t_range[1]}: needs 0 <= A < B <= 1000.")
     if args.bank < 0 or args.bank % 2:
