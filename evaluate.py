@@ -1,8 +1,9 @@
-"""Stage 3: score the test images of one or several runs (DIA Sec. 3.3, CSI's score). Higher means more anomalous.
+"""Stage 3: score the test images of one or several runs. Higher means more anomalous.
 
     python evaluate.py                                                       # runs/elpv
     python evaluate.py --out runs/elpv runs/elpv-s1 runs/elpv-s2             # each run, and mean +- sd
 
+    python evaluate.py --score csi                                           # the paper's score (DIA Sec. 3.3)
     python evaluate.py --results study/results.csv                           # and append a line to a table of runs
 
 Writes into each run's folder scores.csv (path, group, label, score), metrics.json, examples.png and stats.pt (what
@@ -36,8 +37,8 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_flags(parser, data=None)
     parser.add_argument("--out", nargs="+", metavar="RUN", help="folders of runs (default: runs/<data>)")
-    parser.add_argument("--score", choices=SCORES, default="csi", help="csi: CSI's full score, the paper's; cos: its cosine "
-                        "alone; local: nearest neighbour of local features (default: csi)")
+    parser.add_argument("--score", choices=SCORES, default="local", help="csi: CSI's full score, the paper's; cos: its cosine "
+                        "alone; local: nearest neighbour of local features (default: local)")
     parser.add_argument("--passes", type=int, default=10, help="test-time passes averaged (default: 10)")
     parser.add_argument("--batch-size", type=int, default=96, help="images a step, before shifts (default: 96)")
     parser.add_argument("--results", metavar="FILE", help="append each run to this csv table (a run already there is replaced), "

@@ -30,7 +30,7 @@ from dia_lib import (
     sha256_of, step_generator, synthetic_defects, to_float, training_flags,
 )
 
-QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw")
+QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw", twin_weight=1000.0)
 MODES = ["diffusion", "residual", "gaussian", "median", "resize", "copy", "none"]
 
 
@@ -58,7 +58,7 @@ def arguments(argv=None):
     method.add_argument("--twins", choices=["negative", "excluded"], default="negative",
                         help="an image's own dissolved view in the loss's denominator (default: negative)")
     method.add_argument("--twin-weight", type=float, default=1.0,
-                        help="how many times that view counts there (default: 1, as any other negative)")
+                        help="how many times that view counts there (default: 1, as any other negative; --quick: 1000)")
     method.add_argument("--tau", type=float, default=0.5, help="temperature of the contrastive loss (default: 0.5)")
     method.add_argument("--gamma", type=float, default=1.0, help="weight of the shift classifier's loss, Eq. 9 (default: 1)")
     method.add_argument("--jitter", type=float, default=1.0, help="strength of the colour jitter, from 0 (off) to 1 (default: 1)")
@@ -67,6 +67,8 @@ def arguments(argv=None):
     method.add_argument("--lr", type=float, help="highest learning rate (default: LARS 1.0, AdamW 1e-3)")
     paper = vars(parser.parse_args([]))
     args, state = parse_training(parser, "dia", QUICK, argv)
+    if args.dissolve == "none" or args.twins == "excluded":
+        args.twin_weight = 1.0                                                  # there is no twin to weigh
     apart = {"data", "out", "seed", "device", "resume", "quick", "compile", "diffusion", "dissolve", "every", "keep"}
     args.changed = state["settings"].get("changed", {}) if state else {     # from the paper's settings, before any is worked out
         k: v for k, v in vars(args).items() if v != paper[k] and k not in apart}
@@ -85,8 +87,6 @@ def arguments(argv=None):
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: needs a number above 0.")
     if args.gain != 1 and args.dissolve != "residual":
         raise SystemExit(f"--gain {args.gain}: --dissolve {args.dissolve} has no gain, leave it out.")
-    if args.twin_weight != 1 and (args.twins == "excluded" or args.dissolve == "none"):
-        raise SystemExit(f"--twin-weight {args.twin_weight}: there is no twin in the denominator, leave it out.")
     if not 0 <= args.gamma < math.inf:
         raise SystemExit(f"--gamma {args.gamma}: needs a number from 0 on.")
     if args.every is not None and args.every < 1:

@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from dia_lib import SCORES
-from train_dia import MODES, QUICK
+from train_dia import MODES
 
 HERE, README = Path(__file__).parent, Path(__file__).parent.parent / "README.md"
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)"}
 PAIRS = [("diffusion", "none"), ("diffusion", "resize"), ("residual", "copy")]
+USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run of the study has
 SEEDS = (0, 1, 2)                       # for reporting; choices are made with others
 
 
 def read(path):
-    """The rows of results.csv as dicts: seed and steps int, figures float or None, and `setting`, without what --quick sets."""
+    """The rows of results.csv as dicts: seed and steps int, figures float or None, and `setting`, without what is USUAL."""
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if not row["dissolve"].startswith("floor")]
-    usual = {f"{k}={v}" for k, v in QUICK.items()}
     for row in rows:
         words = row["settings"].split()
         row["last"] = f"steps={row['steps']}" in words                          # of the run's steps, not one kept on the way
@@ -34,7 +34,7 @@ def read(path):
         row |= {k: float(row[k]) if row[k] else None
                 for k in ("minutes", "val_auroc", "auroc", "ap", "within_group_auroc")}
         planned = next(w for w in words if w.startswith("steps=")).split("=")[1]
-        other = [w for w in words if w not in usual and not w.startswith(("steps=", "stage1_"))]
+        other = [w for w in words if w not in USUAL and not w.startswith(("steps=", "stage1_"))]
         row["setting"] = ", ".join([f"{planned} steps", *other])
     return rows
 
@@ -53,7 +53,8 @@ def markdown(header, rows):
 
 
 def of(rows, mode, setting, score):
-    """{seed: row} of the reporting runs of a mode and setting that were tested at their last step."""
+    """{seed: row} of the reporting runs of a mode and setting that were tested at their last step; CSI has no twin's weight."""
+    setting = re.sub(", twin_weight=[^,]*", "", setting) if mode == "none" else setting
     return {r["seed"]: r for r in rows if (r["dissolve"], r["setting"], r["score"]) == (mode, setting, score) and r["last"]
             and r["seed"] in SEEDS and r["auroc"] is not None}
 
@@ -197,7 +198,9 @@ def plot_sensitivity(path, probes, setting, score):
 def readme():
     """The text of README.md with all tables of the study as the csv files have them."""
     rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
-    settings = sorted({r["setting"] for r in rows if r["last"] and r["auroc"] is not None}, key=lambda s: (int(s.split()[0]), s))
+    settings = {r["setting"] for r in rows if r["last"] and r["auroc"] is not None and r["seed"] in SEEDS}
+    weighed = {r["setting"] for r in rows if r["dissolve"] != "none"}
+    settings = sorted(settings & weighed or settings, key=lambda s: (int(s.split()[0]), s))
     tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings)
     return put(put(README.read_text(), "contrast", f"{tables}\n\n{floors(HERE / 'results.csv')}"), "search", search(rows))
 

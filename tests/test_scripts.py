@@ -119,8 +119,8 @@ def test_runs_are_gathered_in_a_table(chain, folder, tmp_path):
         metrics = json.loads((out / "metrics.json").read_text())
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         last = [r for r in log if "val_auroc" in r][-1]
-        assert metrics["passes"] == 2 and metrics["score"] == "csi"
-        assert float(found[0]["auroc"]) == pytest.approx(metrics["auroc"], abs=1e-4)
+        assert metrics["passes"] == 2 and metrics["score"] == "local"
+        assert float(found[2]["auroc"]) == pytest.approx(metrics["auroc"], abs=1e-4)
         for row, values in zip(found, line, strict=True):
             assert float(row["auroc"]) == pytest.approx(metrics["parts_auroc"][row["score"]], abs=1e-4)
             again = roc_auc_score(labels, [float(v) for v in values["values"].split()])
@@ -249,7 +249,7 @@ def test_wrong_training_flags(folder, tmp_path, chain):
         (train_dia, [*new, *STAGE2, "--gamma", "-1"], "from 0 on"),
         (train_dia, [*new, *STAGE2, "--every", "0"], "at least 1"),
         (train_dia, [*new, *STAGE2, "--gain", "2"], "has no gain"),
-        (train_dia, [*new, *STAGE2, "--twin-weight", "10", "--twins", "excluded"], "no twin in the denominator"),
+        (train_dia, [*new, *STAGE2, "--twin-weight", "0"], "above 0"),
         (train_dia, [*new, *STAGE2, "--dissolve-size", "4", "--dissolve", "resize"], "at least 8"),
         (train_dia, [*new, *STAGE2, "--diffusion", chain / "diffusion.pt", "--dissolve-size", "64"], "was trained at 32 px"),
         (train_dia, [*new, *STAGE2, "--diffusion", chain / "dia.pt"], "is a dia checkpoint"),
