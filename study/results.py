@@ -35,6 +35,7 @@ def read(path):
                 for k in ("minutes", "val_auroc", "auroc", "ap", "within_group_auroc")}
         planned = next(w for w in words if w.startswith("steps=")).split("=")[1]
         other = [w for w in words if w not in USUAL and not w.startswith(("steps=", "stage1_"))]
+        other += [f"{w.split('=')[0]} the paper's" for w in sorted(USUAL - set(words)) if w.split("=")[0] not in row["settings"]]
         row["setting"] = ", ".join([f"{planned} steps", *other])
     return rows
 
