@@ -524,47 +524,56 @@ def csi_score(stats, z, logits):
 
 
 @torch.no_grad()
-def local_features(encoder, images, device, batch=96):
-    """The direction of the encoder's features at each of P positions of each image, (n, P, 256) float32 on the CPU, length 1.
+def local_features(encoder, images, device):
+    """The direction of the encoder's features at each of P positions of a batch of images, (n, P, 256) float32, length 1.
 
-    images: (n, C', H, W) uint8; no shift, no augmentation. P = (H/16)**2, (H/4)**2 with the cifar stem.
+    images: (n, C', H, W) uint8; no shift, no augmentation. P = (H/16)**2, (H/4)**2 with the cifar stem. On the device.
     """
-    training, channels, found = encoder.training, encoder.backbone.conv1.in_channels, []
+    training, channels = encoder.training, encoder.backbone.conv1.in_channels
     encoder.eval()
-    for chunk in images.split(batch):
-        with autocast(device):
-            maps = encoder.local(to_float(chunk, channels, device))                     # (b, 256, h, w)
-        found.append(F.normalize(maps.float().flatten(2).transpose(1, 2), dim=2).cpu())
+    with autocast(device):
+        maps = encoder.local(to_float(images, channels, device))                        # (n, 256, h, w)
     encoder.train(training)
-    return torch.cat(found)
+    return F.normalize(maps.float().flatten(2).transpose(1, 2), dim=2)
 
 
-def local_fit(features, most=50_000):
-    """What local_score needs: (M, P, D) of the normal training images -> (at most `most`, D), drawn by a fixed seed."""
-    flat = features.flatten(0, 1)
-    return flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:most]].clone()
+def local_fit(encoder, images, device, batch=96, most=50_000):
+    """What local_score needs of the normal training images, (M, ...) uint8: (at most `most`, 256), drawn by a fixed seed."""
+    known, keep = [], None
+    for i in range(0, len(images), batch):
+        found = local_features(encoder, images[i:i + batch], device).flatten(0, 1)      # (n*P, 256)
+        if keep is None:
+            P = len(found) // len(images[:batch])
+            keep = torch.zeros(len(images) * P, dtype=torch.bool)
+            keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:most]] = True
+        known.append(found.cpu()[keep[i * P:i * P + len(found)]])
+    return torch.cat(known)
 
 
-def local_score(known, features):
+def local_score(known, encoder, images, device, batch=96):
     """The position least like any of the normal training images: max over positions of 1 - cosine to the nearest, (Q,).
 
-    known: of local_fit; features: (Q, P, D) of local_features. Higher = more anomalous. Not in the paper: the nearest
-    neighbour of PatchCore (Roth et al. 2022, arXiv:2106.08265) on the features of an encoder trained here, not on ImageNet.
+    known: of local_fit; images: (Q, ...) uint8. Higher = more anomalous. Not in the paper: the nearest neighbour of
+    PatchCore (Roth et al. 2022, arXiv:2106.08265) on the features of an encoder trained here, not on ImageNet.
     """
-    chunk = max(1, 2 ** 24 // (len(known) * features.shape[1]))                         # about 64 MB
-    return torch.cat([1 - (part @ known.T).amax(2).amin(1) for part in features.split(chunk)])
+    scores, known = [], known.to(device)
+    for part in images.split(batch):
+        found = local_features(encoder, part, device)                                   # (n, P, 256)
+        chunk = max(1, 2 ** 24 // (len(known) * found.shape[1]))                        # about 64 MB
+        scores += [1 - (f @ known.T).amax(2).amin(1).cpu() for f in found.split(chunk)]
+    return torch.cat(scores)
 
 
 def fit_normals(encoder, images, shift, passes, device, batch=96, name=None, jitter=1.0):
     """All that the scores need of the normal training images: csi_fit's dict and "local". See `embed`, `local_features`."""
     stats = csi_fit(*embed(encoder, images, shift, passes, device, batch, name, jitter))
-    return stats | {"local": local_fit(local_features(encoder, images, device, batch))}
+    return stats | {"local": local_fit(encoder, images, device, batch)}
 
 
 def score_images(encoder, stats, images, shift, passes, device, batch=96, name=None, jitter=1.0):
     """All SCORES and parts of scores of the images: a dict of (Q,), higher = more anomalous; "csi" is csi_score."""
     parts = csi_parts(stats, *embed(encoder, images, shift, passes, device, batch, name, jitter))
-    local = local_score(stats["local"], local_features(encoder, images, device, batch))
+    local = local_score(stats["local"], encoder, images, device, batch)
     return {"csi": parts.pop("score"), **parts, "local": local}
 
 
@@ -924,10 +933,14 @@ def sha256_of(path):
 
 
 def code_version():
-    """The commit this code is at, with a + if files differ from it; "" where that can't be told."""
+    """The commit this code is at, with a + if *.py files differ from it; "" where that can't be told."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=10,
+                              check=True)
+
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py").stdout
+        return git("rev-parse", "--short=7", "HEAD").stdout.strip() + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -1012,7 +1025,9 @@ def parse_training(parser, kind, quick, argv=None):
         if not path.exists():
             raise SystemExit(f"--resume: {path} does not exist, so there is nothing to resume. Leave --resume out.")
         state = load_checkpoint(path, kind, "cpu")
-        saved = {k: v for k, v in state["settings"].items() if k in vars(first)}
+        defaults = vars(parser.parse_args([f"--out={out}"]))                        # for flags that came after the run
+        saved = {k: state["settings"].get(k, v) for k, v in defaults.items()
+                 if k not in ("out", "resume", "device", "compile", "quick")}
         parser.set_defaults(**saved)
     elif path.exists():
         raise SystemExit(f"{path} exists. Go on with --resume, or choose another folder with --out.")
@@ -1020,7 +1035,7 @@ def parse_training(parser, kind, quick, argv=None):
         parser.set_defaults(**quick)
     args = parser.parse_args(argv)
     if state:
-        for name in set(saved) - {"data", "diffusion"}:                             # files may have moved
+        for name in set(saved) - {"data", "diffusion", "every", "keep"}:            # files may have moved
             if getattr(args, name) != saved[name]:
                 raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {out} was started with "
                                  f"{saved[name]}. Leave the flag out, or choose another folder with --out.")

@@ -4,7 +4,7 @@
     python evaluate.py --out runs/elpv runs/elpv-s1 runs/elpv-s2             # each run, and mean +- sd
 
     python evaluate.py --score csi                                           # the paper's score (DIA Sec. 3.3)
-    python evaluate.py --results study/results.csv                           # and append a line to a table of runs
+    python evaluate.py --results study/results.csv                           # and append the run to a table
 
 Writes into each run's folder scores.csv (path, group, label, score), metrics.json, examples.png and stats.pt (what
 the score needs of the training images). The last line on stdout is `auroc 0.xxxx`, the mean over the runs.
@@ -30,6 +30,7 @@ from dia_lib import (
 )
 
 
+csv.field_size_limit(2 ** 31 - 1)                           # a row of results-scores.csv has the scores of all test images
 VALIDATION = {"csi": "val_auroc", "cos": "val_cos", "local": "val_local"}
 
 
@@ -170,9 +171,12 @@ def evaluate(out, args, device):
         "normals": int((labels == 0).sum()), "anomalies": int(labels.sum()), "passes": args.passes, "step": state["step"],
         "settings": s, "seconds": round(time.perf_counter() - begun, 1)}
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
+    if args.results:
+        append_result(Path(args.results), state, labels, parts, data.groups, metrics)
     write(out / "scores.csv", lambda file: csv.writer(file).writerows(
         [("path", "group", "label", "score"), *zip(data.paths, data.groups, labels, scores, strict=True)]))
-    Log(out, "evaluate", math.inf)(state["step"], show=False, auroc=auroc, auroc_interval_95=interval, passes=args.passes)
+    Log(out, "evaluate", math.inf)(state["step"], show=False, score=args.score, auroc=auroc, auroc_interval_95=interval,
+                                   passes=args.passes)
     spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few images for an interval"
     print(f"  AUROC {auroc:.4f}  ({spread})  average precision {metrics['average_precision']:.4f}")
     print("  parts: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["parts_auroc"].items()))
@@ -182,8 +186,6 @@ def evaluate(out, args, device):
     for name, floor in metrics["floors_auroc"].items():
         print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
     examples(out / "examples.png", data, parts[args.score], s, out, device)
-    if args.results:
-        append_result(Path(args.results), state, labels, parts, data.groups, metrics)
     print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s", flush=True)
     return metrics
 
@@ -220,17 +222,24 @@ def append_result(path, state, labels=None, parts=None, groups=None, metrics=Non
         insert(path, columns, row, [*run, "score"])
         if parts:
             for row in ({**blank, "data": run["data"], "score": "labels", "values": " ".join(map(str, labels))},
-                        {**run, "score": score, "values": " ".join(f"{v:.5g}" for v in values)}):
+                        {**run, "score": score, "values": " ".join(f"{v:.7g}" for v in values)}):
                 insert(scores_path, list(row), row, [*run, "score"])
     for name, value in (metrics or {"floors_auroc": {}})["floors_auroc"].items():
-        trained = {"seed": run["seed"], "score": metrics["score"]} if "untrained" in name else {"seed": "", "score": ""}
-        floor = {**dict.fromkeys(columns, ""), "data": run["data"], "dissolve": f"floor: {name}", "steps": 0, **trained,
-                 "settings": f"image_size={state['settings']['image_size']}", "auroc": f"{value:.4f}"}
+        floor = {**dict.fromkeys(columns, ""), "data": run["data"], "dissolve": f"floor: {name}", "steps": 0,
+                 "auroc": f"{value:.4f}"}
+        names = ["image_size", "holdout"]
+        if "untrained" in name:
+            floor |= {"seed": run["seed"], "score": metrics["score"]}
+            names.append("jitter")
+        floor["settings"] = " ".join(f"{k}={state['settings'].get(k, 1.0)}" for k in names)
         insert(path, columns, floor, [*run, "score"])
 
 
 def insert(path, columns, row, key):
-    """Write the row (a dict) into a csv table, in place of the one with the same key (names of columns), or at its end."""
+    """Write the row (a dict) into a csv table, at its end, or in place of the one with the same key (names of columns).
+
+    What is empty in the new row stays as it was.
+    """
     rows = []
     if path.exists():
         with open(path, newline="") as file:
@@ -241,7 +250,7 @@ def insert(path, columns, row, key):
     row = {k: str(v) for k, v in row.items()}
     same = [i for i, r in enumerate(rows) if all(r[k] == row[k] for k in key)]
     if same:
-        rows[same[0]] = row
+        rows[same[0]] = {k: v or rows[same[0]][k] for k, v in row.items()}
     else:
         rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +258,7 @@ def insert(path, columns, row, key):
 
 
 def load_stats(path, key, passes):
-    """csi_fit's result of an earlier evaluation of the same checkpoint with the same passes, or None."""
+    """fit_normals's result of an earlier evaluation of the same checkpoint with the same passes, or None."""
     if not path.exists():
         return None
     try:

@@ -67,11 +67,11 @@ def arguments(argv=None):
     method.add_argument("--lr", type=float, help="highest learning rate (default: LARS 1.0, AdamW 1e-3)")
     paper = vars(parser.parse_args([]))
     args, state = parse_training(parser, "dia", QUICK, argv)
-    if args.dissolve == "none" or args.twins == "excluded":
-        args.twin_weight = 1.0                                                  # there is no twin to weigh
+    idle = {"twin_weight": args.dissolve == "none" or args.twins == "excluded",          # flags that do nothing here
+            "dissolve_size": args.dissolve in ("none", "copy"), "t_range": args.dissolve not in ("diffusion", "residual")}
     apart = {"data", "out", "seed", "device", "resume", "quick", "compile", "diffusion", "dissolve", "every", "keep"}
     args.changed = state["settings"].get("changed", {}) if state else {     # from the paper's settings, before any is worked out
-        k: v for k, v in vars(args).items() if v != paper[k] and k not in apart}
+        k: v for k, v in vars(args).items() if v != paper[k] and k not in apart and not idle.get(k)}
     if args.t_range and not 0 <= args.t_range[0] < args.t_range[1] <= 1000:
         raise SystemExit(f"--t-range {args.t_range[0]} {args.t_range[1]}: needs 0 <= A < B <= 1000.")
     if args.bank < 0 or args.bank % 2:
@@ -250,7 +250,8 @@ def main():
             raise SystemExit(f"--dissolve-size {args.dissolve_size}: {path} was trained at {stage1['dissolve_size']} px; leave "
                              "the flag out, or train stage 1 at that size.")
         args.dissolve_size = stage1["dissolve_size"]
-        stage1 = {k: stage1[k] for k in ("steps", "batch_size", "dim", "lr", "schedule", "seed")}
+        stage1 = {k: stage1[k] for k in ("steps", "batch_size", "dim", "lr", "schedule", "fraction", "dissolve_size", "seed")}
+        stage1["steps"] = diffusion["step"]
     args.dissolve_size = args.dissolve_size or 32
 
     # Model
@@ -266,6 +267,8 @@ def main():
     # Resume
     start = 0
     if state:
+        if "optimizer" not in state:
+            raise SystemExit(f"--resume: {args.out}/dia.pt was kept by --keep, to evaluate; resume the folder above it.")
         encoder.load_state_dict(state["encoder"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -296,7 +299,7 @@ def main():
     # Train
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)       # (V*K*B,)
     report, args.every = max(1, min(100, args.steps // 20)), args.every or max(1, min(2000, args.steps // 4))
-    running, warm, begun = [], 0.0, time.perf_counter() - (state["seconds"] if state else 0)
+    running, warm, begun = [], 0.0, time.perf_counter() - (state.get("seconds", 0) if state else 0)
     bar = tqdm(range(start, args.steps), "stage 2", args.steps, initial=start, unit="image",
                unit_scale=args.batch_size, disable=None)
     for step in bar:

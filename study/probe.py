@@ -86,7 +86,7 @@ def main():
     stage1 = load_checkpoint(args.diffusion, "diffusion", device)
     for out in args.out:
         state = load_checkpoint(Path(out) / "dia.pt", "dia", device)
-        s = state["settings"]
+        s = {"jitter": 1.0, **state["settings"]}
         data = load_data(s["data"], s["image_size"], ("train",), s["holdout"], s["normal_class"])
         if not data.fingerprint == s["fingerprint"] == stage1["settings"]["fingerprint"]:
             raise SystemExit(f"{out} and {args.diffusion} were not trained on the same images as --data {s['data']} has now.")
@@ -95,6 +95,8 @@ def main():
         unet = UNet(s["channels"], stage1["settings"]["dim"]).to(device, memory_format=torch.channels_last)
         unet.load_state_dict(stage1["ema"])
         held = data.held[~data.calibration]
+        if len(held) < 2:
+            raise SystemExit(f"{out} set {len(held)} normals aside to look at, 2 are needed: train with a larger --holdout.")
         abar, t, size = alpha_bar(stage1["settings"]["schedule"]), sum(s["t_range"]) // 2, stage1["settings"]["dissolve_size"]
         row = similarities(encoder, to_float(held, s["channels"], device), unet, abar.to(device), t, size, s["jitter"])
         row |= sensitivity(encoder, data.train, held, s["shift"], s["jitter"], device)

@@ -20,23 +20,29 @@ HERE, README = Path(__file__).parent, Path(__file__).parent.parent / "README.md"
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)"}
 PAIRS = [("diffusion", "none"), ("diffusion", "resize"), ("residual", "copy")]
 USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run of the study has
+SHOWN = "400 steps, twin_weight=1000.0"                                             # the setting of the plot
 SEEDS = (0, 1, 2)                       # for reporting; choices are made with others
 
 
-def read(path):
-    """The rows of results.csv as dicts: seed and steps int, figures float or None, and `setting`, without what is USUAL."""
+def describe(settings):
+    """A row's settings for people: without what is USUAL and stage 1's; "400 steps, tau=0.2"."""
+    words = settings.split()
+    found = dict(word.split("=") for word in words)
+    other = [w for w in words if w not in USUAL and not w.startswith(("steps=", "stage1_"))]
+    other += [f"{w.split('=')[0]} the paper's" for w in sorted(USUAL) if w.split("=")[0] not in found]
+    return ", ".join([f"{found['steps']} steps", *other])
+
+
+def read(path, data="elpv"):
+    """The rows of results.csv on one data set but the floors: seed, steps int, figures float or None, `setting`, `last`."""
     with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if not row["dissolve"].startswith("floor")]
+        rows = [r for r in csv.DictReader(file) if r["data"] == data and not r["dissolve"].startswith("floor")]
     for row in rows:
-        words = row["settings"].split()
-        row["last"] = f"steps={row['steps']}" in words                          # of the run's steps, not one kept on the way
+        row["setting"] = describe(row["settings"])
+        row["last"] = f"steps={row['steps']}" in row["settings"].split()        # of the run's steps, not one kept on the way
         row |= {k: int(row[k]) for k in ("seed", "steps")}
         row |= {k: float(row[k]) if row[k] else None
                 for k in ("minutes", "val_auroc", "auroc", "ap", "within_group_auroc")}
-        planned = next(w for w in words if w.startswith("steps=")).split("=")[1]
-        other = [w for w in words if w not in USUAL and not w.startswith(("steps=", "stage1_"))]
-        other += [f"{w.split('=')[0]} the paper's" for w in sorted(USUAL - set(words)) if w.split("=")[0] not in row["settings"]]
-        row["setting"] = ", ".join([f"{planned} steps", *other])
     return rows
 
 
@@ -56,8 +62,11 @@ def markdown(header, rows):
 def of(rows, mode, setting, score):
     """{seed: row} of the reporting runs of a mode and setting that were tested at their last step; CSI has no twin's weight."""
     setting = re.sub(", twin_weight=[^,]*", "", setting) if mode == "none" else setting
-    return {r["seed"]: r for r in rows if (r["dissolve"], r["setting"], r["score"]) == (mode, setting, score) and r["last"]
-            and r["seed"] in SEEDS and r["auroc"] is not None}
+    found = [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == (mode, setting, score) and r["last"]
+             and r["seed"] in SEEDS and r["auroc"] is not None]
+    if len({r["seed"] for r in found}) < len(found):
+        raise SystemExit(f"results.csv: several runs of {mode}, {setting}, with the same seed: they differ in stage 1.")
+    return {r["seed"]: r for r in found}
 
 
 def contrast(rows, setting):
@@ -70,20 +79,22 @@ def contrast(rows, setting):
             means = [spread(r["auroc"] for r in by.values()) for by in runs]
             table.append([NAMES.get(mode, f"`{mode}`"), ", ".join(map(str, sorted(runs[0]))),
                           *(f"**{mean}** ({values})" for mean, values in zip(means, each, strict=True)),
-                          " / ".join(f"{statistics.fmean(r['val_auroc'] for r in by.values()):.3f}" for by in runs),
+                          " / ".join(spread(r["val_auroc"] for r in by.values()).split(" ")[0] for by in runs),
                           f"{statistics.fmean(r['minutes'] for r in runs[0].values()):.1f}"])
     return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES),
                      "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
 
 
-def floors(path):
+def floors(path, data="elpv"):
     """The table of the floors in results.csv: means over the seeds of what has them."""
     found = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            if row["dissolve"].startswith("floor: ") and row["seed"] in ("", *map(str, SEEDS)):
+            mine = row["data"] == data and row["seed"] in ("", *map(str, SEEDS))
+            if mine and row["dissolve"].startswith("floor: "):
                 name = row["dissolve"].removeprefix("floor: ") + (f", `{row['score']}`" if row["score"] else "")
-                found.setdefault((name, row["settings"].replace("image_size=", "") + " px"), []).append(float(row["auroc"]))
+                size = row["settings"].split()[0].replace("image_size=", "") + " px"
+                found.setdefault((name, size), []).append(float(row["auroc"]))
     return markdown(["floor", "images", "AUROC"], [[*name, spread(values)] for name, values in sorted(found.items())])
 
 
@@ -118,7 +129,8 @@ def comparisons(rows, scores, setting):
             a, b = of(rows, first, setting, score), of(rows, second, setting, score)
             seeds = sorted(set(a) & set(b))
             if seeds:
-                gap, low, high = paired_bootstrap(scores["labels"], *([scores[key(runs[s])] for s in seeds] for runs in (a, b)))
+                sides = ([scores[key(runs[s])] for s in seeds] for runs in (a, b))
+                gap, low, high = paired_bootstrap(scores["labels"], *sides)
                 cells.append(f"{gap:+.3f} ({low:+.3f} to {high:+.3f})")
         if cells:
             table.append([f"{first} - {second}", ", ".join(map(str, seeds)), *cells])
@@ -130,11 +142,11 @@ def key(row):
     return row["data"], row["dissolve"], row["settings"], int(row["seed"]), int(row["steps"]), row["score"]
 
 
-def read_scores(path):
-    """results-scores.csv as {key: (Q,) array}, and {"labels": (Q,)}."""
+def read_scores(path, data="elpv"):
+    """results-scores.csv on one data set as {key: (Q,) array}, and {"labels": (Q,)}."""
     with open(path, newline="") as file:
         return {"labels" if r["score"] == "labels" else key(r): np.array(r["values"].split(), float)
-                for r in csv.DictReader(file)}
+                for r in csv.DictReader(file) if r["data"] == data}
 
 
 def search(rows):
@@ -157,43 +169,55 @@ def put(text, name, table):
     return pattern.sub(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text)
 
 
-def plot_curves(path, rows, settings, score):
-    """Test AUROC by one score over steps, a panel a setting: a line through the means of each mode, a dot each seed."""
+def plot_contrast(path, rows, setting):
+    """Test AUROC of every mode at one setting: a panel a score, a dot a seed, a bar the mean."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
-    panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
-    for axes, setting in zip(panels, settings, strict=True):
-        for i, mode in enumerate(MODES):
-            runs = [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == (mode, setting, score)
-                    and r["seed"] in SEEDS and r["auroc"] is not None]
-            if runs:
-                steps = sorted({r["steps"] for r in runs})
-                means = [statistics.fmean(r["auroc"] for r in runs if r["steps"] == s) for s in steps]
-                axes.plot(steps, means, color=f"C{i}", label=mode)
-                axes.plot([r["steps"] for r in runs], [r["auroc"] for r in runs], ".", color=f"C{i}")
-        axes.set(title=setting, xlabel="steps")
-    axes.legend()
-    figure.axes[0].set_ylabel(f"AUROC on the test set, score {score}")
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    modes = [m for m in MODES if of(rows, m, setting, SCORES[0])]
+    for axes, score in zip(figure.subplots(1, len(SCORES), sharey=True), SCORES, strict=True):
+        for i, mode in enumerate(modes):
+            values = [r["auroc"] for r in of(rows, mode, setting, score).values()]
+            axes.plot([i] * len(values), values, "o", color=f"C{MODES.index(mode)}", alpha=0.7)
+            axes.plot([i - 0.3, i + 0.3], [statistics.fmean(values)] * 2, color=f"C{MODES.index(mode)}")
+        axes.set(title=f"score: {score}", xticks=range(len(modes)), xticklabels=modes)
+    figure.axes[0].set_ylabel("AUROC on the test set")
     figure.savefig(path, dpi=110)
 
 
-def plot_sensitivity(path, probes, setting, score):
+def plot_sensitivity(path, probes, score):
     """AUROC of held-out normals against themselves with one dark spot: a panel a contrast, a line a mode, over the diameter."""
     from matplotlib.figure import Figure
     cells = [name.split("_")[1:] for name in probes[0] if name.startswith(f"{score}_")]
     contrasts = sorted({c for _, c in cells}, key=float)
-    figure = Figure(figsize=(3 * len(contrasts), 3.2), layout="constrained")
+    figure = Figure(figsize=(2.4 * len(contrasts), 2.8), layout="constrained")
     for axes, contrast in zip(figure.subplots(1, len(contrasts), sharey=True), contrasts, strict=True):
         diameters = sorted({d for d, c in cells if c == contrast}, key=float)
         for i, mode in enumerate(MODES):
-            runs = [r for r in probes if (r["dissolve"], r["setting"]) == (mode, setting)]
+            runs = [r for r in probes if r["dissolve"] == mode]
             if runs:
                 means = [statistics.fmean(float(r[f"{score}_{d}_{contrast}"]) for r in runs) for d in diameters]
                 axes.plot([100 * float(d) for d in diameters], means, color=f"C{i}", marker=".", label=mode)
-        axes.set(title=f"{float(contrast):.0%} darker", xlabel="diameter, % of the side", xscale="log")
-    axes.legend()
-    figure.axes[0].set_ylabel("AUROC")
+        axes.set(title=f"{float(contrast):.0%} darker", xlabel="diameter, % of the side")
+    figure.axes[0].legend()
+    figure.axes[0].set_ylabel(f"AUROC, score {score}")
     figure.savefig(path, dpi=110)
+
+
+def read_probes(path, data="elpv"):
+    """The rows of probe.csv on one data set, of the reporting seeds, at the SHOWN setting (CSI has no twin's weight)."""
+    with open(path, newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["data"] == data and int(r["seed"]) in SEEDS]
+    csi = re.sub(", twin_weight=[^,]*", "", SHOWN)
+    return [r for r in rows if describe(r["settings"]) == (csi if r["dissolve"] == "none" else SHOWN)
+            and f"steps={r['steps']}" in r["settings"].split()]
+
+
+def similarities(probes):
+    """Mean cosine of a held-out normal to its altered selves, by the mode its encoder was trained with; means over runs."""
+    kinds = [k for k in probes[0] if k.startswith("sim_")]
+    lines = [[NAMES.get(m, f"`{m}`"), *(f"{statistics.fmean(float(r[k]) for r in runs):.2f}" for k in kinds)]
+             for m in MODES if (runs := [r for r in probes if r["dissolve"] == m])]
+    return markdown(["trained with", *(k.removeprefix("sim_") for k in kinds)], lines)
 
 
 def readme():
@@ -203,12 +227,25 @@ def readme():
     weighed = {r["setting"] for r in rows if r["dissolve"] != "none"}
     settings = sorted(settings & weighed or settings, key=lambda s: (int(s.split()[0]), s))
     tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings)
-    return put(put(README.read_text(), "contrast", f"{tables}\n\n{floors(HERE / 'results.csv')}"), "search", search(rows))
+    text = README.read_text()
+    for name, table in (("contrast", f"{tables}\n\n{floors(HERE / 'results.csv')}"), ("search", search(rows)),
+                        ("probe", similarities(read_probes(HERE / "probe.csv")))):
+        text = put(text, name, table)
+    return text
 
 
 def main():
     README.write_text(readme())
     print(f"wrote the tables in {README}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("no plots: they need matplotlib (pip install matplotlib)")
+        return
+    rows, pictures = read(HERE / "results.csv"), README.parent / "pictures"
+    plot_contrast(pictures / "contrast.png", rows, SHOWN)
+    plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv"), "local")
+    print(f"drew contrast.png and sensitivity.png in {pictures}")
 
 
 if __name__ == "__main__":

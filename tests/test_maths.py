@@ -425,20 +425,22 @@ def test_an_untrained_classifier_is_left_out_with_a_warning():
     assert (stats["v"] == 0).all()
 
 
-def test_local_score_is_the_farthest_position_from_its_nearest():
+def test_local_score_is_the_farthest_position_from_its_nearest(monkeypatch):
     g = torch.Generator().manual_seed(0)
     normal, images = (F.normalize(torch.randn(n, 9, 5, generator=g), dim=2) for n in (7, 6))
-    known = lib.local_fit(normal)
+    monkeypatch.setattr(lib, "local_features", lambda encoder, images, device: images)          # the features themselves
+    known = lib.local_fit(None, normal, torch.device("cpu"), batch=3)
     slow = [max(min(1 - (p @ q).item() for q in normal.flatten(0, 1)) for p in image) for image in images]
-    assert known.shape == (63, 5) and np.allclose(lib.local_score(known, images), slow, atol=1e-6)
-    assert lib.local_score(known, normal).abs().max() < 1e-5 and lib.local_fit(normal, 10).shape == (10, 5)
-    assert torch.equal(lib.local_fit(normal, 10), lib.local_fit(normal, 10))
+    assert known.shape == (63, 5) and np.allclose(lib.local_score(known, None, images, "cpu", batch=4), slow, atol=1e-6)
+    assert lib.local_score(known, None, normal, "cpu").abs().max() < 1e-5
+    few = [lib.local_fit(None, normal, torch.device("cpu"), batch, most=10) for batch in (2, 7)]
+    assert few[0].shape == (10, 5) and torch.equal(*few)                                        # whatever the batch
 
 
 @pytest.mark.parametrize("stem, P", [("imagenet", 4), ("cifar", 64)])
 def test_local_features_are_the_third_stage_of_the_plain_images(stem, P):
     encoder, images = lib.Encoder(1, 4, stem).train(), torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8)
-    found = lib.local_features(encoder, images, torch.device("cpu"), batch=2)
+    found = lib.local_features(encoder, images, torch.device("cpu"))
     assert found.shape == (3, P, 256) and torch.allclose(found.norm(dim=2), torch.ones(3, P), atol=1e-5) and encoder.training
     kept = []
     encoder.eval().backbone.layer3.register_forward_hook(lambda module, args, out: kept.append(out))

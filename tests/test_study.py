@@ -19,8 +19,11 @@ ROWS = [f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,400,csi,8.0,0.70,0.71
         f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,1,400,csi,9.0,0.72,0.73,0.8,0.77,abc",
         f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,200,csi,4.0,0.60,0.61,0.8,0.75,abc",       # kept on the way
         f"elpv,none,{USUAL} steps=400,1,400,csi,5.0,0.70,0.7,0.8,0.75,abc",
-        f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,csi,5.0,0.66,,,,abc"]
-FLOORS = ["elpv,floor: pixels,image_size=64,,0,,,,0.8,,,", "elpv,floor: encoder untrained,image_size=64,1,0,local,,,0.6,,,",
+        f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,csi,5.0,0.66,,,,abc",
+        "elpv,diffusion,image_size=64 crop_min=0.3 optimizer=adamw steps=400 stage1_batch_size=16,10,400,csi,5.0,0.64,,,,abc",
+        f"other,diffusion,{USUAL} steps=400,0,400,csi,5.0,0.1,0.1,0.1,0.1,abc"]
+FLOORS = ["elpv,floor: pixels,image_size=64 holdout=0.1,,0,,,,0.8,,,",
+          "elpv,floor: encoder untrained,image_size=64,1,0,local,,,0.6,,,",
           "elpv,floor: encoder untrained,image_size=64,10,0,local,,,0.1,,,"]
 ROWS += [row.replace(",csi,", f",{score},") for row in ROWS for score in ("cos", "local")]
 
@@ -55,10 +58,14 @@ def test_bootstrap_interval_covers_at_about_its_rate_and_pairing_narrows_it():
         wide = results.paired_bootstrap(labels, a, other, 500)
         widths.append((high - low) / (wide[2] - wide[1]))
     assert 85 <= covered <= 100 and np.mean(widths) < 0.8
+    steady, swing = image[None] + np.zeros((2, 1)), np.stack([image, -image])           # a difference that hangs on the seed
+    _, low, high = results.paired_bootstrap(labels, swing, steady, 500)
+    assert low < -0.4 and high == 0
 
 
 def test_tables_say_what_the_csv_says(tables):
     assert [r["setting"] for r in tables[:5]] == ["400 steps"] * 4 + ["400 steps, tau=0.2, holdout=0.3"]
+    assert tables[5]["setting"] == "400 steps, batch_size the paper's"                              # not stage 1's batch
     lines = results.contrast(tables, "400 steps").splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     assert cells[2][:3] == ["DIA (`diffusion`)", "0, 1", "**0.720 ± 0.014** (0.710, 0.730)"] and cells[2][-1] == "8.5"
@@ -90,13 +97,14 @@ def test_readme_is_in_step_with_the_results():
     assert results.readme() == results.README.read_text()
 
 
-def test_plots_are_drawn(tables, tmp_path):
+def test_plots_and_similarities(tables, tmp_path):
+    probes = [{"dissolve": m, "sim_resize": v, **{f"csi_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}}
+              for m, v in (("diffusion", "0.5"), ("diffusion", "0.7"), ("none", "0.9"))]
+    assert results.similarities(probes).splitlines()[2:] == ["| DIA (`diffusion`) | 0.60 |", "| CSI (`none`) | 0.90 |"]
     pytest.importorskip("matplotlib")
-    results.plot_curves(tmp_path / "curves.png", tables, ["400 steps"], "local")
-    probes = [{"dissolve": m, "setting": "400 steps", **{f"csi_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}}
-              for m in ("diffusion", "none")]
-    results.plot_sensitivity(tmp_path / "sensitivity.png", probes, "400 steps", "csi")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("curves", "sensitivity"))
+    results.plot_contrast(tmp_path / "contrast.png", tables, "400 steps")
+    results.plot_sensitivity(tmp_path / "sensitivity.png", probes, "csi")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("contrast", "sensitivity"))
 
 
 def test_spots_are_one_dark_disc_inside_the_image():
@@ -118,7 +126,7 @@ def test_probe_of_a_run(chain, folder, tmp_path, monkeypatch, capsys):  # noqa: 
     row, = csv.DictReader((tmp_path / "probe.csv").open())
     assert {"sim_resize", "sim_diffusion", "sim_residual", "sim_augmented", "sim_other", "local_0.5_0.8"} <= row.keys()
     assert row["dissolve"] == "diffusion" and all(-1 <= float(v) <= 1 for k, v in row.items() if k.startswith("sim_"))
-    assert 0.4 <= float(row["local_0.0625_0.001"]) <= 0.6
+    assert 0.4 <= float(row["local_0.0625_0.001"]) <= 0.6 and float(row["local_0.5_0.8"]) > 0.8
     other = tmp_path / "other"
     args = ["--data", folder, "--out", other, *STAGE2, "--holdout", "0.2", "--dissolve", "none", "--steps", 1]
     assert call(train_dia, *args) is None
