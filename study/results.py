@@ -79,9 +79,10 @@ def contrast(rows, setting):
             means = [spread(r["auroc"] for r in by.values()) for by in runs]
             table.append([NAMES.get(mode, f"`{mode}`"), ", ".join(map(str, sorted(runs[0]))),
                           *(f"**{mean}** ({values})" for mean, values in zip(means, each, strict=True)),
+                          spread(r["within_group_auroc"] for r in runs[-1].values()),
                           " / ".join(spread(r["val_auroc"] for r in by.values()).split(" ")[0] for by in runs),
                           f"{statistics.fmean(r['minutes'] for r in runs[0].values()):.1f}"])
-    return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES),
+    return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES), f"within mono and poly, `{SCORES[-1]}`",
                      "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
 
 

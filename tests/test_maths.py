@@ -131,7 +131,7 @@ def test_order_of_views_is_view_then_shift_then_image():
         return y + 0.05
 
     params = {"contrast": 1.0, "hue": 0.0, "saturation": 1.0, "value": 1.0}
-    original, lib_draw = lib.draw_augment, lambda n, s, g: {
+    original, lib_draw = lib.draw_augment, lambda n, s, g, strength: {
         **{k: torch.full((n,), v) for k, v in params.items()}, "contrast_first": torch.ones(n, dtype=torch.bool),
         "grey": torch.zeros(n, dtype=torch.bool), "crop": torch.tensor([1.0, 1, 0, 0]).view(4, 1).expand(4, n)}
     lib.draw_augment = lib_draw
