@@ -21,7 +21,8 @@ ROWS = [f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,400,csi,8.0,0.70,0.71
         f"elpv,none,{USUAL} steps=400,1,400,csi,5.0,0.70,0.7,0.8,0.75,abc",
         f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,csi,5.0,0.66,,,,abc",
         "elpv,diffusion,image_size=64 crop_min=0.3 optimizer=adamw steps=400 stage1_batch_size=16,10,400,csi,5.0,0.64,,,,abc",
-        f"other,diffusion,{USUAL} steps=400,0,400,csi,5.0,0.1,0.1,0.1,0.1,abc"]
+        f"other,diffusion,{USUAL} steps=400,0,400,csi,5.0,0.1,0.1,0.1,0.1,abc",
+        f"elpv,diffusion,{USUAL} steps=400,11,400,csi,5.0,0.63,0.99,0.9,0.9,abc"]                         # a search seed, tested
 FLOORS = ["elpv,floor: pixels,image_size=64 holdout=0.1,,0,,,,0.8,,,",
           "elpv,floor: encoder untrained,image_size=64,1,0,local,,,0.6,,,",
           "elpv,floor: encoder untrained,image_size=64,10,0,local,,,0.1,,,"]
