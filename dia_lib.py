@@ -400,14 +400,18 @@ class Encoder(nn.Module):
         self.projection = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
         self.shift = nn.Linear(512, K)
 
+    @staticmethod
+    def scaled(x):
+        """[0, 1] -> [-1, 1], channels last: the first operation on any input."""
+        return ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+
     def local(self, x):
         """Features of the third stage, before any pooling: (n, 256, H/16, W/16), H/4 with the cifar stem."""
-        b, x = self.backbone, ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
-        return b.layer3(b.layer2(b.layer1(b.maxpool(b.relu(b.bn1(b.conv1(x)))))))
+        b = self.backbone
+        return b.layer3(b.layer2(b.layer1(b.maxpool(b.relu(b.bn1(b.conv1(self.scaled(x))))))))
 
     def forward(self, x):
-        x = ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
-        h = self.backbone(x)                                                # (n, 512)
+        h = self.backbone(self.scaled(x))                                   # (n, 512)
         with torch.autocast(h.device.type, enabled=False):                  # the small heads cost nothing in float32
             return self.projection(h.float()), self.shift(h.float())        # (n, 128), (n, K)
 
@@ -572,9 +576,14 @@ def fit_normals(encoder, images, shift, passes, device, batch=96, name=None, jit
 
 def score_images(encoder, stats, images, shift, passes, device, batch=96, name=None, jitter=1.0):
     """All SCORES and parts of scores of the images: a dict of (Q,), higher = more anomalous; "csi" is csi_score."""
-    parts = csi_parts(stats, *embed(encoder, images, shift, passes, device, batch, name, jitter))
-    local = local_score(stats["local"], encoder, images, device, batch)
-    return {"csi": parts.pop("score"), **parts, "local": local}
+    z, logits = embed(encoder, images, shift, passes, device, batch, name, jitter)
+    return score_embedded(encoder, stats, images, z, logits, device, batch)
+
+
+def score_embedded(encoder, stats, images, z, logits, device, batch=96):
+    """As score_images, of images whose z and logits `embed` has given already."""
+    parts = csi_parts(stats, z, logits)
+    return {"csi": parts.pop("score"), **parts, "local": local_score(stats["local"], encoder, images, device, batch)}
 
 
 # =====================================================================================================================

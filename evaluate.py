@@ -208,6 +208,9 @@ def append_result(path, state, labels=None, parts=None, groups=None, metrics=Non
     """
     run, validation, blank = run_key(state), state.get("validation", {}), dict.fromkeys(run_key(state), "")
     scores_path = path.with_name(f"{path.stem}-scores{path.suffix}")
+    if parts:
+        row = {**blank, "data": run["data"], "score": "labels", "values": " ".join(map(str, labels))}
+        insert(scores_path, list(row), row, [*run, "score"])
     for score in SCORES:
         figures = {"minutes": state.get("seconds", math.nan) / 60, "val_auroc": validation.get(VALIDATION[score]),
                    "auroc": None, "ap": None, "within_group_auroc": None}
@@ -221,9 +224,8 @@ def append_result(path, state, labels=None, parts=None, groups=None, metrics=Non
         columns = list(row)
         insert(path, columns, row, [*run, "score"])
         if parts:
-            for row in ({**blank, "data": run["data"], "score": "labels", "values": " ".join(map(str, labels))},
-                        {**run, "score": score, "values": " ".join(f"{v:.7g}" for v in values)}):
-                insert(scores_path, list(row), row, [*run, "score"])
+            row = {**run, "score": score, "values": " ".join(f"{v:.7g}" for v in values)}
+            insert(scores_path, list(row), row, [*run, "score"])
     for name, value in (metrics or {"floors_auroc": {}})["floors_auroc"].items():
         floor = {**dict.fromkeys(columns, ""), "data": run["data"], "dissolve": f"floor: {name}", "steps": 0,
                  "auroc": f"{value:.4f}"}

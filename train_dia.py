@@ -26,8 +26,8 @@ from tqdm import tqdm
 from dia_lib import (
     SCORES, Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, cache_path, check_batch, check_loss, check_weights,
     code_version, contrastive_loss, dissolve_small, dissolve_view, embed, fit_normals, fit_to, load_checkpoint, load_data,
-    make_views, parse_training, pick_device, place, precision, report_time, run, save_checkpoint, score_images, send,
-    sha256_of, step_generator, synthetic_defects, to_float, training_flags,
+    make_views, parse_training, pick_device, place, precision, report_time, run, save_checkpoint, score_embedded,
+    score_images, send, sha256_of, step_generator, synthetic_defects, to_float, training_flags,
 )
 
 QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw", twin_weight=1000.0)
@@ -192,7 +192,7 @@ def validate(encoder, train, held, shift, jitter, device):
     z, logits = embed(encoder, held, shift, 2, device, jitter=jitter)
     if not z.isfinite().all():
         raise SystemExit("the embeddings of held-out images are not finite: training has diverged. Try a smaller --lr.")
-    normal, auroc = score_images(encoder, stats, held, shift, 2, device, jitter=jitter), {}
+    normal, auroc = score_embedded(encoder, stats, held, z, logits, device), {}
     for i, kind in enumerate(("line", "patch")):
         generator = step_generator("cpu", 0, "synthetic defects", i)
         defects = torch.cat([synthetic_defects(held, kind, generator) for _ in range(3)])

@@ -33,13 +33,23 @@ def describe(settings):
     return ", ".join([f"{found['steps']} steps", *other])
 
 
+def as_run(setting, mode):
+    """The setting that runs of a mode have where the others have `setting`: CSI has no twin to weigh."""
+    return re.sub(", twin_weight=[^,]*", "", setting) if mode == "none" else setting
+
+
+def is_last(row):
+    """True for a run's last step, False for one kept on the way."""
+    return f"steps={row['steps']}" in row["settings"].split()
+
+
 def read(path, data="elpv"):
     """The rows of results.csv on one data set but the floors: seed, steps int, figures float or None, `setting`, `last`."""
     with open(path, newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["data"] == data and not r["dissolve"].startswith("floor")]
     for row in rows:
         row["setting"] = describe(row["settings"])
-        row["last"] = f"steps={row['steps']}" in row["settings"].split()        # of the run's steps, not one kept on the way
+        row["last"] = is_last(row)
         row |= {k: int(row[k]) for k in ("seed", "steps")}
         row |= {k: float(row[k]) if row[k] else None
                 for k in ("minutes", "val_auroc", "auroc", "ap", "within_group_auroc")}
@@ -60,9 +70,8 @@ def markdown(header, rows):
 
 
 def of(rows, mode, setting, score):
-    """{seed: row} of the reporting runs of a mode and setting that were tested at their last step; CSI has no twin's weight."""
-    setting = re.sub(", twin_weight=[^,]*", "", setting) if mode == "none" else setting
-    found = [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == (mode, setting, score) and r["last"]
+    """{seed: row} of the reporting runs of a mode and setting that were tested at their last step."""
+    found = [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == (mode, as_run(setting, mode), score) and r["last"]
              and r["seed"] in SEEDS and r["auroc"] is not None]
     if len({r["seed"] for r in found}) < len(found):
         raise SystemExit(f"results.csv: several runs of {mode}, {setting}, with the same seed: they differ in stage 1.")
@@ -205,12 +214,10 @@ def plot_sensitivity(path, probes, score):
 
 
 def read_probes(path, data="elpv"):
-    """The rows of probe.csv on one data set, of the reporting seeds, at the SHOWN setting (CSI has no twin's weight)."""
+    """The rows of probe.csv on one data set, of the reporting seeds, at the SHOWN setting."""
     with open(path, newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["data"] == data and int(r["seed"]) in SEEDS]
-    csi = re.sub(", twin_weight=[^,]*", "", SHOWN)
-    return [r for r in rows if describe(r["settings"]) == (csi if r["dissolve"] == "none" else SHOWN)
-            and f"steps={r['steps']}" in r["settings"].split()]
+        return [r for r in csv.DictReader(file) if r["data"] == data and int(r["seed"]) in SEEDS and is_last(r)
+                and describe(r["settings"]) == as_run(SHOWN, r["dissolve"])]
 
 
 def similarities(probes):
