@@ -406,13 +406,9 @@ class Encoder(nn.Module):
         return ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
 
     def local(self, x):
-        """Features of the second and third stage, each of length 1, at the third's positions: (n, 384, H/16, W/16), H/4 with
-        the cifar stem."""
+        """Features of the third stage, before any pooling: (n, 256, H/16, W/16), H/4 with the cifar stem."""
         b = self.backbone
-        second = b.layer2(b.layer1(b.maxpool(b.relu(b.bn1(b.conv1(self.scaled(x)))))))                  # (n, 128, H/8, W/8)
-        third = b.layer3(second)                                                                        # (n, 256, H/16, W/16)
-        second = F.adaptive_avg_pool2d(second.float(), third.shape[2:])
-        return torch.cat([F.normalize(second, dim=1), F.normalize(third.float(), dim=1)], 1)
+        return b.layer3(b.layer2(b.layer1(b.maxpool(b.relu(b.bn1(b.conv1(self.scaled(x))))))))
 
     def forward(self, x):
         h = self.backbone(self.scaled(x))                                   # (n, 512)
@@ -533,54 +529,42 @@ def csi_score(stats, z, logits):
 
 @torch.no_grad()
 def local_features(encoder, images, device):
-    """The direction of the encoder's features at each of P positions of a batch of images, (n, P, 384) float32, length 1.
+    """The direction of the encoder's features at each of P positions of a batch of images, (n, P, 256) float32, length 1.
 
     images: (n, C', H, W) uint8; no shift, no augmentation. P = (H/16)**2, (H/4)**2 with the cifar stem. On the device.
     """
     training, channels = encoder.training, encoder.backbone.conv1.in_channels
     encoder.eval()
     with autocast(device):
-        maps = encoder.local(to_float(images, channels, device))                        # (n, 384, h, w)
+        maps = encoder.local(to_float(images, channels, device))                        # (n, 256, h, w)
     encoder.train(training)
-    return F.normalize(maps.flatten(2).transpose(1, 2), dim=2)
+    return F.normalize(maps.float().flatten(2).transpose(1, 2), dim=2)
 
 
-def local_fit(encoder, images, device, batch=96, most=50_000, neighbours=5):
-    """What local_score needs of the normal training images, (M, ...) uint8: features of m <= `most` positions, on the CPU.
-
-    Returns {"features": (m, 384), of positions drawn by a fixed seed; "usual": (m,), the mean of 1 - cosine to the nearest
-    features of other images: how far apart normal images of this kind are here}.
-    """
-    P = local_features(encoder, images[:1], device).shape[1]
-    keep = torch.zeros(len(images) * P, dtype=torch.bool)
-    keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:most]] = True
-    known = []
+def local_fit(encoder, images, device, batch=96, most=50_000):
+    """What local_score needs of the normal training images, (M, ...) uint8: (at most `most`, 256), drawn by a fixed seed."""
+    known, keep = [], None
     for i in range(0, len(images), batch):
-        found = local_features(encoder, images[i:i + batch], device).flatten(0, 1)      # (n*P, 384)
-        known.append(found[keep[i * P:i * P + len(found)].to(found.device)])
-    known, image = torch.cat(known), keep.nonzero()[:, 0].to(found.device) // P         # (m, 384), (m,)
-    usual, chunk = [], max(1, 2 ** 24 // len(known))                                    # about 64 MB
-    for f, own in zip(known.split(chunk), image.split(chunk), strict=True):
-        cosine = (f @ known.T).masked_fill(own[:, None] == image, -1)
-        usual.append(1 - cosine.topk(min(neighbours, len(known)), 1).values.mean(1))
-    return {"features": known.cpu(), "usual": torch.cat(usual).cpu()}
+        found = local_features(encoder, images[i:i + batch], device).flatten(0, 1)      # (n*P, 256)
+        if keep is None:
+            P = len(found) // len(images[:batch])
+            keep = torch.zeros(len(images) * P, dtype=torch.bool)
+            keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:most]] = True
+        known.append(found.cpu()[keep[i * P:i * P + len(found)]])
+    return torch.cat(known)
 
 
 def local_score(known, encoder, images, device, batch=96):
-    """How far the strangest position of an image is from the normal training images, against what is usual there, (Q,).
+    """The position least like any of the normal training images: max over positions of 1 - cosine to the nearest, (Q,).
 
-    The score is max over positions of d - mean over positions of u: d is 1 - cosine to the nearest known feature, u how far
-    that one is itself from those of other training images, since normal images of one kind vary more than those of another.
-    known: of local_fit; images: (Q, ...) uint8. Higher = more anomalous. Not in the paper: d and its maximum are the nearest
-    neighbour of PatchCore (Roth et al. 2022, arXiv:2106.08265), on an encoder trained here, not on ImageNet.
+    known: of local_fit; images: (Q, ...) uint8. Higher = more anomalous. Not in the paper: the nearest neighbour of
+    PatchCore (Roth et al. 2022, arXiv:2106.08265) on the features of an encoder trained here, not on ImageNet.
     """
-    scores, features, usual = [], known["features"].to(device), known["usual"].to(device)
+    scores, known = [], known.to(device)
     for part in images.split(batch):
-        found = local_features(encoder, part, device)                                   # (n, P, 384)
-        chunk = max(1, 2 ** 24 // (len(features) * found.shape[1]))                     # about 64 MB
-        for f in found.split(chunk):
-            cosine, nearest = (f @ features.T).max(2)                                   # (chunk, P)
-            scores.append(((1 - cosine).amax(1) - usual[nearest].mean(1)).cpu())
+        found = local_features(encoder, part, device)                                   # (n, P, 256)
+        chunk = max(1, 2 ** 24 // (len(known) * found.shape[1]))                        # about 64 MB
+        scores += [1 - (f @ known.T).amax(2).amin(1).cpu() for f in found.split(chunk)]
     return torch.cat(scores)
 
 

@@ -267,8 +267,7 @@ def load_stats(path, key, passes):
         state = load_checkpoint(path, "stats", "cpu")
     except SystemExit:
         return None                                                         # it is made again
-    return state if (state["settings"]["key"], state["settings"]["passes"]) == (key, passes) and isinstance(
-        state.get("local"), dict) else None
+    return state if (state["settings"]["key"], state["settings"]["passes"]) == (key, passes) and "local" in state else None
 
 
 def write(path, writer):
