@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
+from dia_data import load_data
 from dia_lib import (
-    SCORES, Encoder, K, UNet, alpha_bar, augment, autocast, dissolve_view, draw_augment, fit_normals, load_checkpoint, load_data,
+    SCORES, Encoder, K, UNet, alpha_bar, augment, autocast, dissolve_view, draw_augment, fit_normals, load_checkpoint,
     pick_device, run, score_images, step_generator, to_float,
 )
 from evaluate import insert, run_key

@@ -17,10 +17,11 @@ from dia_lib import SCORES
 from train_dia import MODES
 
 HERE, README = Path(__file__).parent, Path(__file__).parent.parent / "README.md"
-NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)"}
-PAIRS = [("diffusion", "none"), ("diffusion", "resize"), ("residual", "copy")]
+NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)", "none, as long": "CSI for as many seconds"}
+PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"), ("resize", "none"), ("residual", "copy")]
 USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run of the study has
-SHOWN = "400 steps, twin_weight=1000.0"                                             # the setting of the plot
+SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps, twin_weight=1000.0"    # the settings of the plots
+AS_LONG = {SHOWN: "620 steps"}          # CSI with as many seconds as DIA at that setting, not as many steps
 SEEDS = (0, 1, 2)                       # for reporting; choices are made with others
 
 
@@ -34,8 +35,11 @@ def describe(settings):
 
 
 def as_run(setting, mode):
-    """The setting that runs of a mode have where the others have `setting`: CSI has no twin to weigh."""
-    return re.sub(", twin_weight=[^,]*", "", setting) if mode == "none" else setting
+    """The setting that runs of a mode have where the others have `setting`: some have no twin to weigh, or no dissolve_size."""
+    if mode == "none, as long":
+        return AS_LONG.get(setting, "")
+    idle = {"none": "twin_weight|dissolve_size", "copy": "dissolve_size"}.get(mode)
+    return re.sub(f", ({idle})=[^,]*", "", setting) if idle else setting
 
 
 def is_last(row):
@@ -71,7 +75,8 @@ def markdown(header, rows):
 
 def of(rows, mode, setting, score):
     """{seed: row} of the reporting runs of a mode and setting that were tested at their last step."""
-    found = [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == (mode, as_run(setting, mode), score) and r["last"]
+    wanted = mode.split(",")[0], as_run(setting, mode), score
+    found = [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == wanted and r["last"]
              and r["seed"] in SEEDS and r["auroc"] is not None]
     if len({r["seed"] for r in found}) < len(found):
         raise SystemExit(f"results.csv: several runs of {mode}, {setting}, with the same seed: they differ in stage 1.")
@@ -81,7 +86,7 @@ def of(rows, mode, setting, score):
 def contrast(rows, setting):
     """The table of one setting: a line a mode; by each score the mean over seeds, and each seed's test AUROC."""
     table = []
-    for mode in MODES:
+    for mode in [*MODES, "none, as long"]:
         runs = [of(rows, mode, setting, score) for score in SCORES]
         if any(runs):
             each = [", ".join(f"{by[s]['auroc']:.3f}" for s in sorted(by)) for by in runs]
@@ -194,6 +199,24 @@ def plot_contrast(path, rows, setting):
     figure.savefig(path, dpi=110)
 
 
+def plot_curves(path, rows, setting):
+    """Test AUROC of runs kept on the way, over steps (above) and over minutes of training (below): a line a mode and seed."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    for line, x in zip(figure.subplots(2, len(SCORES), sharey="col"), ("steps", "minutes"), strict=True):
+        for axes, score in zip(line, SCORES, strict=True):
+            for mode in MODES:
+                for seed in SEEDS:
+                    run = sorted((r[x], r["auroc"]) for r in rows if r["auroc"] is not None and r["seed"] == seed
+                                 and (r["dissolve"], r["setting"], r["score"]) == (mode, as_run(setting, mode), score))
+                    if run:
+                        axes.plot(*zip(*run, strict=True), ".-", color=f"C{MODES.index(mode)}", label=mode)
+            axes.set(title=f"score: {score}", xlabel=x)
+    figure.axes[0].legend()
+    figure.axes[0].set_ylabel("AUROC on the test set")
+    figure.savefig(path, dpi=110)
+
+
 def plot_sensitivity(path, probes, score):
     """AUROC of held-out normals against themselves with one dark spot: a panel a contrast, a line a mode, over the diameter."""
     from matplotlib.figure import Figure
@@ -252,8 +275,9 @@ def main():
         return
     rows, pictures = read(HERE / "results.csv"), README.parent / "pictures"
     plot_contrast(pictures / "contrast.png", rows, SHOWN)
+    plot_curves(pictures / "curves.png", rows, LONGER)
     plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv"), "local")
-    print(f"drew contrast.png and sensitivity.png in {pictures}")
+    print(f"drew contrast.png, curves.png and sensitivity.png in {pictures}")
 
 
 if __name__ == "__main__":
