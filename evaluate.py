@@ -24,9 +24,10 @@ import torch
 from scipy.stats import bootstrap, mannwhitneyu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from dia_data import data_name, load_data
 from dia_lib import (
-    SCORES, Encoder, K, Log, UNet, alpha_bar, data_name, dissolve_view, fit_normals, fit_to, load_checkpoint, load_data,
-    pick_device, run, save_checkpoint, save_grid, score_images, sha256_of, shared_flags, to_float, whole,
+    SCORES, Encoder, K, Log, UNet, alpha_bar, dissolve_view, fit_normals, fit_to, load_checkpoint, pick_device, run,
+    save_checkpoint, save_grid, score_images, sha256_of, shared_flags, to_float, whole,
 )
 
 

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
+from dia_data import cache_path, load_data
 from dia_lib import (
-    SCORES, Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, cache_path, check_batch, check_loss, check_weights,
-    code_version, contrastive_loss, dissolve_small, dissolve_view, embed, fit_normals, fit_to, load_checkpoint, load_data,
-    make_views, parse_training, pick_device, place, precision, report_time, run, save_checkpoint, score_embedded,
-    score_images, send, sha256_of, step_generator, synthetic_defects, to_float, training_flags,
+    SCORES, Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights,
+    code_version, contrastive_loss, dissolve_small, dissolve_view, embed, fit_normals, fit_to, load_checkpoint, make_views,
+    parse_training, pick_device, place, precision, report_time, run, save_checkpoint, score_embedded, score_images, send,
+    sha256_of, step_generator, synthetic_defects, to_float, training_flags,
 )
 
 QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw", twin_weight=1000.0)

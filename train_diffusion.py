@@ -13,9 +13,10 @@ import torch
 from torch.nn.functional import l1_loss
 from tqdm import tqdm
 
+from dia_data import load_data
 from dia_lib import (
     Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights, dissolve, fit_to,
-    load_data, parse_training, pick_device, precision, q_sample, report_time, run, save_checkpoint, save_grid, send,
+    parse_training, pick_device, precision, q_sample, report_time, run, save_checkpoint, save_grid, send,
     step_generator, to_01, to_float, to_pm1, training_flags, update_ema,
 )
 

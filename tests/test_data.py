@@ -8,7 +8,9 @@ import torch
 from conftest import texture
 from PIL import Image
 
-from dia_lib import _folder_items, _hash, load_data, to_float
+import dia_data
+from dia_data import _folder_items, _hash, load_data
+from dia_lib import to_float
 
 
 def medmnist(path, n=30, size=28, **changes):
@@ -110,14 +112,13 @@ def test_npz_in_medmnist_format(tmp_path):
 
 def test_cache_is_used_and_follows_the_files(tmp_path, monkeypatch):
     """The second call decodes nothing; a changed image is seen; the cached file cannot be changed through the tensor."""
-    import dia_lib
     (tmp_path / "train/good").mkdir(parents=True)
     for i in range(4):
         Image.fromarray(texture(np.random.default_rng(i), 20)).save(tmp_path / f"train/good/{i}.png")
     first = load_data(str(tmp_path), 16, ("train",), holdout=0).train.clone()
     load_data(str(tmp_path), 16, ("train",), holdout=0).train.zero_()
     with monkeypatch.context() as m:
-        m.setattr(dia_lib, "_decode", lambda *a: pytest.fail("decoded again"))
+        m.setattr(dia_data, "_decode", lambda *a: pytest.fail("decoded again"))
         assert torch.equal(load_data(str(tmp_path), 16, ("train",), holdout=0).train, first)
     Image.fromarray(texture(np.random.default_rng(9), 20)).save(tmp_path / "train/good/0.png")
     os.utime(tmp_path / "train/good/0.png", ns=(1, 1))
