@@ -56,12 +56,13 @@ class Item:
     source: object
 
 
-def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.1, normal_class=None):
+def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.1, normal_class=None, skip_bad=False):
     """Load `elpv`, an npz file in MedMNIST's format, or a folder in MVTec or ImageFolder layout. See the README.
 
     image_size: pixels of the square that images are brought to; None for the set's own. Arrays of an npz file are
-    never enlarged. splits: ("train",) reads no test images. holdout: share of the training normals set aside. Exits with a
-    sentence when the data are not as expected. Decoded images are cached, and memory-mapped.
+    never enlarged. splits: ("train",) reads no test images. holdout: share of the training normals set aside. skip_bad: go on
+    without images that cannot be read, and say which. Exits with a sentence when the data are not as expected. Decoded images
+    are cached, and memory-mapped.
     """
     defaults = {"shift": "rotate", "t_range": (30, 130), "image_size": 224}
     path = Path(data).expanduser()
@@ -79,19 +80,39 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     size = image_size or defaults["image_size"]
 
     items["train"].sort(key=lambda item: _hash(item.name))                  # the held-out ones come first:
-    every = _pixels(items["train"], size)                                   # both parts stay slices of one file
+    every, items["train"] = _pixels(items["train"], size, skip_bad)         # both parts stay slices of one file
     n_held = sum(_hash(item.name) >> 1 < holdout * 2 ** 63 for item in items["train"])
     calibration = torch.tensor([_hash(item.name) & 1 for item in items["train"][:n_held]], dtype=torch.bool)
     if n_held == len(items["train"]):
         raise SystemExit(f"--data {data}: {n_held} training images with --holdout {holdout} leave none to train on.")
-    train, test = items["train"][n_held:], items["test"] if "test" in splits else []
+    train, pixels, test = items["train"][n_held:], every[:0], []
+    if "test" in splits:
+        pixels, test = _pixels(items["test"], size, skip_bad)
     sizes = [(i.name, zlib.crc32(i.source.tobytes()) if isinstance(i.source, np.ndarray) else os.stat(i.source).st_size)
              for i in train]
     return Data(name=data_name(data), train=every[n_held:],
                 train_groups=[i.group for i in train], held=every[:n_held], calibration=calibration,
-                test=_pixels(test, size) if test else every[:0], labels=torch.tensor([i.label for i in test], dtype=torch.int64),
+                test=pixels, labels=torch.tensor([i.label for i in test], dtype=torch.int64),
                 groups=[i.group for i in test], paths=[i.name for i in test],
                 fingerprint=hashlib.sha256(json.dumps(sizes).encode()).hexdigest(), defaults=defaults)
+
+
+def load_images(folder, size, skip_bad=False):
+    """All images below a folder, whatever their format and size: (n, C, size, size) uint8, and their n relative paths.
+
+    Says how many other files there are. Exits if there is no image, or one cannot be read; with skip_bad says which.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise SystemExit(f"--images {folder}: no such folder.")
+    files = _walk(root)
+    if not files:
+        raise SystemExit(f"--images {folder}: no image below it; looked for {', '.join(sorted(SUFFIXES))}.")
+    other = sum(f.is_file() and f.suffix.lower() not in SUFFIXES for f in root.rglob("*"))
+    if other:
+        print(f"note: {other} other files below {folder} are left out; images are {', '.join(sorted(SUFFIXES))}")
+    pixels, items = _pixels([Item(f.relative_to(root).as_posix(), 0, "", f) for f in files], size, skip_bad)
+    return pixels, [i.name for i in items]
 
 
 def data_name(data):
@@ -225,31 +246,58 @@ def _decode(source, size):
     return np.asarray(image).transpose(2, 0, 1), grey
 
 
-def _pixels(items, size):
-    """The images of a split as one uint8 tensor (n, C, size, size), decoded once, then memory-mapped from the cache."""
+def _pixels(items, size, skip_bad=False):
+    """The images of a split as one uint8 tensor (n, C, size, size), decoded once, then memory-mapped from the cache; its items.
+
+    With skip_bad, images that cannot be read are left out, else they end the program.
+    """
     def stamp(source):
         if isinstance(source, np.ndarray):
             return zlib.crc32(source.tobytes())
         stat = os.stat(source)
         return str(source), stat.st_size, stat.st_mtime_ns
 
+    def decode(item):
+        try:
+            return _decode(item.source, size)
+        except SystemExit:
+            if not skip_bad:
+                raise
+            return None
+
     path = cache_path([size, [(i.name, stamp(i.source)) for i in items]])
+    note = path.with_suffix(".json")                                        # which images cannot be read, if there are any
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor() as pool:
             rgb = np.lib.format.open_memmap(f"{scratch}/rgb.npy", "w+", np.uint8, (len(items), 3, size, size))
-            all_grey = True
-            decoded = pool.map(lambda item: _decode(item.source, size), items)
-            for i, (pixels, grey) in enumerate(tqdm(decoded, "decoding", len(items), unit="image", disable=None, leave=False)):
-                rgb[i] = pixels
-                all_grey = all_grey and grey
-            if all_grey:
-                one = np.lib.format.open_memmap(f"{scratch}/grey.npy", "w+", np.uint8, (len(items), 1, size, size))
-                for i in range(len(items)):
-                    one[i, 0] = rgb[i, 0]
-                one.flush()
+            all_grey, good = True, []
+            decoded = pool.map(decode, items)
+            for i, found in enumerate(tqdm(decoded, "decoding", len(items), unit="image", disable=None, leave=False)):
+                if found is not None:
+                    rgb[len(good)], grey = found
+                    all_grey = all_grey and grey
+                    good.append(i)
+            shape = (len(good), 1 if all_grey else 3, size, size)
+            if good and shape != rgb.shape:                                 # a smaller file will do
+                every, rgb = rgb, np.lib.format.open_memmap(f"{scratch}/less.npy", "w+", np.uint8, shape)
+                for i in range(len(good)):
+                    rgb[i] = every[i, :shape[1]]
             rgb.flush()
-            os.replace(f"{scratch}/{'grey' if all_grey else 'rgb'}.npy", path)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))                   # copy on write: the file stays as it is
+            if len(good) < len(items):
+                note.write_text(json.dumps(sorted(set(range(len(items))) - set(good))))
+            if good:
+                os.replace(rgb.filename, path)
+    bad = [items[i] for i in json.loads(note.read_text())] if note.exists() else []
+    if bad and not skip_bad:
+        _decode(bad[0].source, size)                                        # ends the program
+    if bad:
+        names = ", ".join(item.name for item in bad[:3]) + (", ..." if len(bad) > 3 else "")
+        if len(bad) == len(items):
+            raise SystemExit(f"none of the {len(items)} images can be read: {names}.")
+        print(f"note: left out {len(bad)} of {len(items)} images, which cannot be read: {names}")
+        left_out = {id(item) for item in bad}
+        items = [item for item in items if id(item) not in left_out]
+    return torch.from_numpy(np.load(path, mmap_mode="c")), items            # copy on write: the file stays as it is
 
 
 def cache_path(key):

@@ -769,6 +769,7 @@ def shared_flags(parser, data="elpv"):
     """The flags that mean the same in every script; data: the default of --data, None for the run's own."""
     parser.add_argument("--data", default=data, help=f"elpv, a folder, or an npz file (default: {data or 'as in training'})")
     parser.add_argument("--normal-class", help="folder or label of the normal class, where it can't be told (default: none)")
+    parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
 
 

@@ -1,30 +1,40 @@
-"""Stage 3: score the test images of one or several runs. Higher means more anomalous.
+"""Stage 3: score the test images of one or several runs, or images of your own. Higher means more anomalous.
 
     python evaluate.py                                                       # runs/elpv
     python evaluate.py --out runs/elpv runs/elpv-s1 runs/elpv-s2             # each run, and mean +- sd
 
     python evaluate.py --score csi                                           # the paper's score (DIA Sec. 3.3)
+    python evaluate.py --out runs/lungs --images new_scans                   # images without labels
     python evaluate.py --results study/results.csv                           # and append the run to a table
 
-Writes into each run's folder scores.csv (path, group, label, score), metrics.json, examples.png and stats.pt (what
-the score needs of the training images). The last line on stdout is `auroc 0.xxxx`, the mean over the runs.
+Writes into each run's folder scores.csv (path, group, label, score, p_value, anomaly), metrics.json, examples.png and
+stats.pt (what the score needs of the training images). The last line on stdout is `auroc 0.xxxx`, the mean over the runs.
+With --images nothing but dia.pt and stats.pt is needed; scores.csv and examples.png go to RUN/images/<folder's name>.
+
+    from dia_data import load_images                                         # the same from Python
+    from evaluate import load_run
+    run = load_run("runs/lungs")
+    images, paths = load_images("new_scans", run.settings["image_size"])
+    scores, p_values = run.score(images)                                     # (n,) and (n,)
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import statistics
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap, mannwhitneyu
+from scipy.stats import binomtest, bootstrap, mannwhitneyu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from dia_data import data_name, load_data
+from dia_data import data_name, load_data, load_images
 from dia_lib import (
     SCORES, Encoder, K, Log, UNet, alpha_bar, dissolve_view, fit_normals, fit_to, load_checkpoint, pick_device, run,
     save_checkpoint, save_grid, score_images, sha256_of, shared_flags, to_float, whole,
@@ -43,6 +53,9 @@ def arguments(argv=None):
                         "alone; local: nearest neighbour of local features (default: local)")
     parser.add_argument("--passes", type=int, default=10, help="test-time passes averaged (default: 10)")
     parser.add_argument("--batch-size", type=int, default=96, help="images a step, before shifts (default: 96)")
+    parser.add_argument("--fpr", type=float, default=0.05, help="share of normal images that may be called anomalies (default: "
+                        "0.05)")
+    parser.add_argument("--images", metavar="FOLDER", help="score all images below this folder, without labels, not the test set")
     parser.add_argument("--results", metavar="FILE", help="append each run to this csv table (a run already there is replaced), "
                         "and its scores to FILE with -scores before the suffix")
     parser.add_argument("--validation-only", action="store_true",
@@ -50,10 +63,116 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if args.validation_only and not args.results:
         raise SystemExit("--validation-only: says what to append to --results FILE; give both.")
+    if args.images and args.results:
+        raise SystemExit("--results: a table of AUROCs; images of --images have no labels, leave one of the two out.")
+    if not 0 < args.fpr < 1:
+        raise SystemExit(f"--fpr {args.fpr}: needs a share between 0 and 1.")
     args.out = args.out or [f"runs/{data_name(args.data or 'elpv')}"]
     if args.passes < 1 or args.batch_size < 1:
         raise SystemExit("--passes and --batch-size need at least 1.")
     return args
+
+
+@dataclass
+class Run:
+    """A trained run, ready to score images; of load_run."""
+    out: Path               # the run's folder
+    settings: dict          # as in dia.pt
+    step: int
+    encoder: Encoder
+    stats: dict             # of fit_normals; "calibration": {score: (n,)}; "train", "held": int64 digests of the images
+    device: torch.device
+    passes: int = 10
+    batch: int = 96
+
+    def parts(self, images, name=None):
+        """All scores and their parts, a dict of (n,) tensors; see score_images of dia_lib. name: for a progress bar."""
+        s = self.settings
+        return score_images(self.encoder, self.stats, images, s["shift"], self.passes, self.device, self.batch, name, s["jitter"])
+
+    def p_values(self, scores, score="local"):
+        """Conformal p-values (n,) of scores (n,), numpy; nan where no normals were set aside. See p_values below."""
+        return p_values(self.stats["calibration"][score].numpy(), scores)
+
+    def score(self, images, score="local"):
+        """Scores (n,) and p-values (n,), numpy, of images (n, C, H, W), uint8, as load_images(folder, image_size) gives them.
+
+        Higher scores and lower p-values are more anomalous. score: one of SCORES.
+        """
+        size = self.settings["image_size"]
+        if images.dtype != torch.uint8 or images.shape[2:] != (size, size):
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; this run needs uint8 (n, C, {size}, {size})")
+        scores = self.parts(images)[score].numpy()
+        return scores, self.p_values(scores, score)
+
+
+def load_run(out, device="auto", passes=10, batch=96, data=None):
+    """Read a run's dia.pt and stats.pt; a stats.pt of another checkpoint or other passes is made again from the training data.
+
+    data: the run's Data, if it is at hand.  Exits where a file is missing or not what it should be.
+    """
+    out, device = Path(out), torch.device(device) if device != "auto" else pick_device(device)
+    state = load_checkpoint(out / "dia.pt", "dia", device)
+    s = {"jitter": 1.0, "gain": 1.0, **state["settings"]}                   # runs of earlier versions have none of these
+    encoder = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
+    encoder.load_state_dict(state["encoder"])
+    run = Run(out, s, state["step"], encoder, None, device, passes, batch)
+    key = sha256_of(out / "dia.pt")
+    run.stats = load_stats(out / "stats.pt", key, passes)
+    if run.stats is None:
+        data = data or load_data(s["data"], s["image_size"], ("train",), s["holdout"], s["normal_class"],
+                                 s.get("skip_bad_images", False))
+        check_data(data, s, out, s["data"])
+        run.stats = fit_normals(encoder, data.train, s["shift"], passes, device, batch, "training images", s["jitter"])
+        calibration = run.parts(data.held[data.calibration]) if data.calibration.any() else {}
+        run.stats |= {"calibration": {name: calibration.get(name, torch.empty(0)) for name in SCORES},
+                      "train": digests(data.train), "held": digests(data.held)}
+        save_checkpoint(out / "stats.pt", "stats", {"key": key, "passes": passes}, run.stats)
+    return run
+
+
+def check_data(data, settings, out, name):
+    """Exit unless these are the images the run was trained on."""
+    if data.fingerprint != settings["fingerprint"]:
+        raise SystemExit(f"{out}/dia.pt was trained on other images than --data {name} has now.")
+
+
+def digests(images):
+    """A number for the pixels of each of images (n, C, H, W), uint8: (n,) int64, equal for a grey image and the same in RGB."""
+    found = []
+    for image in images.numpy():
+        grey = all((image[0] == channel).all() for channel in image[1:])
+        digest = hashlib.sha256((image[:1] if grey else image).tobytes()).digest()
+        found.append(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def p_values(calibration, scores):
+    """Conformal p-values (n,): the share of normal images that are at least as anomalous, the image itself counted as one.
+
+    (1 + #{calibration >= score}) / (len(calibration) + 1); Vovk et al. 2005, Bates et al. 2023 (arXiv:2104.08279), Eq. 2. If
+    the image is normal and as the calibration images are (exchangeable), P(p <= a) <= a for every a. nan without any.
+    """
+    if not len(calibration):
+        return np.full(len(scores), np.nan)
+    below = np.searchsorted(np.sort(calibration), scores, side="left")                  # calibration images strictly below
+    return (1 + len(calibration) - below) / (len(calibration) + 1)
+
+
+def decisions(p, labels, fpr, calibration):
+    """What deciding by p <= fpr does on labelled images: rates with exact (Clopper-Pearson) 95% intervals; None without any p.
+
+    p, labels: (n,) arrays; calibration: the number of calibration images. "expected_false_positive_rate" is what it is in the
+    mean over draws of calibration and test images: floor(fpr (n + 1)) / (n + 1).
+    """
+    if not calibration:
+        return None
+    result = {"fpr": fpr, "calibration_normals": calibration,
+              "expected_false_positive_rate": math.floor(fpr * (calibration + 1) + 1e-9) / (calibration + 1)}
+    for name, label in (("false_positive_rate", 0), ("sensitivity", 1)):
+        found, n = int((p[labels == label] <= fpr).sum()), int((labels == label).sum())
+        result |= {name: found / n, f"{name}_interval_95": [float(v) for v in binomtest(found, n).proportion_ci(method="exact")]}
+    return result
 
 
 def auroc_interval(labels, scores):
@@ -100,82 +219,72 @@ def floors(data, encoder, shift, jitter, part, device, batch):
     return {name: float(roc_auc_score(labels, score.cpu().numpy())) for name, score in scores.items()}
 
 
-def examples(path, data, score, settings, out, device):
-    """Most and least anomalous test images of each label; beside each its dissolved version and their difference."""
-    mode, unet, abar, t = settings["dissolve"], None, None, None
+def examples(path, images, picked, run):
+    """Rows of test images, {caption: indices}; beside each its dissolved version and their difference."""
+    s, out, device = run.settings, run.out, run.device
+    mode, unet, abar, t = s["dissolve"], None, None, None
     if mode in ("diffusion", "residual"):
-        found = [p for p in (out / "diffusion.pt", Path(settings["diffusion"]))
-                 if p.is_file() and sha256_of(p) == settings["diffusion_sha256"]]
+        found = [p for p in (out / "diffusion.pt", Path(s["diffusion"])) if p.is_file() and sha256_of(p) == s["diffusion_sha256"]]
         if found:
             state = load_checkpoint(found[0], "diffusion", device)
-            unet = UNet(settings["channels"], state["settings"]["dim"]).to(device)
+            unet = UNet(s["channels"], state["settings"]["dim"]).to(device)
             unet.load_state_dict(state["ema"])
             abar = alpha_bar(state["settings"]["schedule"]).to(device)
-            t = torch.tensor([sum(settings["t_range"]) // 2], device=device)
+            t = torch.tensor([sum(s["t_range"]) // 2], device=device)
         else:
             mode = "none"
-            print(f"  stage 1's checkpoint ({settings['diffusion']}) is not there: examples.png shows no dissolved images")
-    plain, rows, order = mode in ("none", "copy"), [], score.argsort(descending=True)
-    for label in (1, 0):
-        ranked = order[data.labels[order] == label]
-        for picked in (ranked[:4], ranked[-4:]):
-            row = []
-            for i in picked.tolist():
-                x = to_float(data.test[i:i + 1], settings["channels"], device)
-                twin = x if plain else dissolve_view(unet, x, t, abar, settings["dissolve_size"], mode, gain=settings["gain"])
-                row += [x[0]] if plain else [x[0], twin[0], (4 * (x - twin).abs()).clamp(0, 1)[0]]
-            rows.append(row)
+            print(f"  stage 1's checkpoint ({s['diffusion']}) is not there: examples.png shows no dissolved images")
+    plain, rows = mode in ("none", "copy"), []
+    for chosen in picked.values():
+        row = []
+        for i in chosen.tolist():
+            x = to_float(images[i:i + 1], s["channels"], device)
+            twin = x if plain else dissolve_view(unet, x, t, abar, s["dissolve_size"], mode, gain=s["gain"])
+            row += [x[0]] if plain else [x[0], twin[0], (4 * (x - twin).abs()).clamp(0, 1)[0]]
+        rows.append(row)
     captions = ["image"] * 4 if plain else ["image", mode if t is None else f"t = {int(t)}", "4 x |diff|"] * 4
-    rows = [row + [None] * (len(captions) - len(row)) for row in rows]      # fewer than 4 images of a label
-    names = ["anomalies, highest scores", "anomalies, lowest", "normals, highest", "normals, lowest"]
-    save_grid(path, rows, captions, scale=max(1, 128 // settings["image_size"]), names=names)
+    rows = [row + [None] * (len(captions) - len(row)) for row in rows]      # fewer than 4 images of a kind
+    save_grid(path, rows, captions, scale=max(1, 128 // s["image_size"]), names=list(picked))
 
 
 def evaluate(out, args, device):
-    """Score one run; write its files; return its metrics."""
+    """Score the test images of one run; write its files; return its metrics."""
     begun = time.perf_counter()
     state = load_checkpoint(out / "dia.pt", "dia", device)
-    s = {"jitter": 1.0, "gain": 1.0, **state["settings"]}                   # runs of earlier versions have none of these
+    s = {"jitter": 1.0, **state["settings"]}
     data = load_data(args.data or s["data"], s["image_size"], ("train", "test"), s["holdout"],
-                     args.normal_class or s["normal_class"])
-    if data.fingerprint != s["fingerprint"]:
-        raise SystemExit(f"{out}/dia.pt was trained on other images than --data {args.data or s['data']} has now.")
+                     args.normal_class or s["normal_class"], args.skip_bad_images or s.get("skip_bad_images", False))
+    check_data(data, s, out, args.data or s["data"])
     labels = data.labels.numpy()
     if len(set(labels)) != 2:
         raise SystemExit(f"{data.name}: all {len(labels)} test images are {'anomalies' if labels.all() else 'normal'}; "
                          "an AUROC needs both normal and anomalous test images.")
-    torch.manual_seed(s["seed"])
-    untrained = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
-    encoder = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
-    encoder.load_state_dict(state["encoder"])
-
     print(f"{out}: {data.name}, {len(data.train)} training images, {len(labels)} test images ({labels.sum()} anomalies), "
           f"dissolve {s['dissolve']}, seed {s['seed']}, step {state['step']} of {s['steps']}", flush=True)
-    key = sha256_of(out / "dia.pt")
-    stats = load_stats(out / "stats.pt", key, args.passes)
-    if stats is None:
-        stats = fit_normals(encoder, data.train, s["shift"], args.passes, device, args.batch_size, "training images",
-                            s["jitter"])
-        save_checkpoint(out / "stats.pt", "stats", {"key": key, "passes": args.passes}, stats)
-    parts = score_images(encoder, stats, data.test, s["shift"], args.passes, device, args.batch_size, "test images",
-                         s["jitter"])
+    run = load_run(out, device, args.passes, args.batch_size, data)
+    torch.manual_seed(s["seed"])
+    untrained = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
+    parts = run.parts(data.test, "test images")
     scores = parts[args.score].numpy()
+    p = run.p_values(scores, args.score)
 
     auroc, interval = auroc_interval(labels, scores)
     groups = within_groups(labels, scores, data.groups)
     metrics = {
         "score": args.score, "auroc": auroc, "auroc_interval_95": interval,
         "average_precision": float(average_precision_score(labels, scores)),
-        "parts_auroc": {n: float(roc_auc_score(labels, p.numpy())) for n, p in parts.items()},
+        "parts_auroc": {n: float(roc_auc_score(labels, part.numpy())) for n, part in parts.items()},
         "within_group_auroc": groups, "within_group_mean": statistics.fmean(groups.values()) if groups else None,
         "floors_auroc": floors(data, untrained, s["shift"], s["jitter"], args.score, device, args.batch_size),
+        "decision": decisions(p, labels, args.fpr, len(run.stats["calibration"][args.score])),
         "normals": int((labels == 0).sum()), "anomalies": int(labels.sum()), "passes": args.passes, "step": state["step"],
         "settings": s, "seconds": round(time.perf_counter() - begun, 1)}
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
     if args.results:
         append_result(Path(args.results), state, labels, parts, data.groups, metrics)
     write(out / "scores.csv", lambda file: csv.writer(file).writerows(
-        [("path", "group", "label", "score"), *zip(data.paths, data.groups, labels, scores, strict=True)]))
+        [("path", "group", "label", "score", "p_value", "anomaly"),
+         *zip(data.paths, data.groups, labels, scores, *columns_of(p, args.fpr), strict=True)]))
     Log(out, "evaluate", math.inf)(state["step"], show=False, score=args.score, auroc=auroc, auroc_interval_95=interval,
                                    passes=args.passes)
     spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few images for an interval"
@@ -186,9 +295,46 @@ def evaluate(out, args, device):
               + f"  mean {metrics['within_group_mean']:.3f}")
     for name, floor in metrics["floors_auroc"].items():
         print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
-    examples(out / "examples.png", data, parts[args.score], s, out, device)
+    if metrics["decision"]:
+        d = metrics["decision"]
+        print("  at --fpr {fpr:g}, by {calibration_normals} calibration normals: ".format(**d) + "  ".join(
+            f"{n.replace('_', ' ')} {d[n]:.3f} ({d[f'{n}_interval_95'][0]:.3f} to {d[f'{n}_interval_95'][1]:.3f})"
+            for n in ("false_positive_rate", "sensitivity")))
+    order = parts[args.score].argsort(descending=True)
+    ranked = {name: order[data.labels[order] == label] for name, label in (("anomalies", 1), ("normals", 0))}
+    picked = {f"{name}, {where}": r[:4] if "high" in where else r[-4:]
+              for name, r in ranked.items() for where in ("highest scores", "lowest")}
+    examples(out / "examples.png", data.test, picked, run)
     print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s", flush=True)
     return metrics
+
+
+def columns_of(p, fpr):
+    """The columns p_value and anomaly (0 or 1) of p-values (n,); empty where there are none."""
+    return [["" if math.isnan(v) else f"{v:.6g}" for v in p], ["" if math.isnan(v) else int(v <= fpr) for v in p]]
+
+
+def score_folder(out, args, device):
+    """Score all images below args.images by one run, without labels; write scores.csv, most anomalous first, and examples.png."""
+    run = load_run(out, device, args.passes, args.batch_size)
+    images, paths = load_images(args.images, run.settings["image_size"], args.skip_bad_images)
+    scores = run.parts(images, "images")[args.score]
+    p = run.p_values(scores.numpy(), args.score)
+    order = scores.argsort(descending=True, stable=True)
+    known = {**dict.fromkeys(run.stats["held"].tolist(), "held out"), **dict.fromkeys(run.stats["train"].tolist(), "training")}
+    seen = [known.get(digest, "") for digest in digests(images).tolist()]
+    rows = list(zip(paths, scores.tolist(), *columns_of(p, args.fpr), seen, strict=True))
+    folder = out / "images" / Path(args.images).resolve().name
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "scores.csv", lambda file: csv.writer(file).writerows(
+        [("path", "score", "p_value", "anomaly", "seen"), *(rows[i] for i in order.tolist())]))
+    examples(folder / "examples.png", images, {"highest scores": order[:4], "next": order[4:8], "lowest": order[-4:]}, run)
+    n, seen = len(run.stats["calibration"][args.score]), sum(map(bool, seen))
+    if seen:
+        print(f"note: {seen} of these images were in the training data (column `seen`): their scores are too low")
+    verdict = (f"{int((p <= args.fpr).sum())} anomalies at --fpr {args.fpr:g}, by {n} calibration normals" if n else
+               "no decisions, since no normals were held out in training (--holdout)")
+    print(f"{len(paths)} images: {verdict}; wrote scores.csv and examples.png to {folder}", flush=True)
 
 
 def run_key(state):
@@ -261,14 +407,14 @@ def insert(path, columns, row, key):
 
 
 def load_stats(path, key, passes):
-    """fit_normals's result of an earlier evaluation of the same checkpoint with the same passes, or None."""
+    """What an earlier evaluation of the same checkpoint with the same passes found of the training images, or None."""
     if not path.exists():
         return None
     try:
         state = load_checkpoint(path, "stats", "cpu")
     except SystemExit:
         return None                                                         # it is made again
-    return state if (state["settings"]["key"], state["settings"]["passes"]) == (key, passes) and "local" in state else None
+    return state if (state["settings"]["key"], state["settings"]["passes"]) == (key, passes) and "calibration" in state else None
 
 
 def write(path, writer):
@@ -284,6 +430,10 @@ def main():
         for out in args.out:
             append_result(Path(args.results), load_checkpoint(Path(out) / "dia.pt", "dia", "cpu"))
         print(f"appended {len(args.out)} runs to {args.results}")
+        return
+    if args.images:
+        for out in args.out:
+            score_folder(Path(out), args, device)
         return
     results = [evaluate(Path(out), args, device) for out in args.out]
     values = [r["auroc"] for r in results]

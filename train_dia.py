@@ -70,7 +70,8 @@ def arguments(argv=None):
     args, state = parse_training(parser, "dia", QUICK, argv)
     idle = {"twin_weight": args.dissolve == "none" or args.twins == "excluded",          # flags that do nothing here
             "dissolve_size": args.dissolve in ("none", "copy"), "t_range": args.dissolve not in ("diffusion", "residual")}
-    apart = {"data", "out", "seed", "device", "resume", "quick", "compile", "diffusion", "dissolve", "every", "keep"}
+    apart = {"data", "out", "seed", "device", "resume", "quick", "compile", "diffusion", "dissolve", "every", "keep",
+             "skip_bad_images"}
     args.changed = state["settings"].get("changed", {}) if state else {     # from the paper's settings, before any is worked out
         k: v for k, v in vars(args).items() if v != paper[k] and k not in apart and not idle.get(k)}
     if args.t_range and not 0 <= args.t_range[0] < args.t_range[1] <= 1000:
@@ -213,7 +214,7 @@ def main():
     compiled = args.compile if args.compile is not None else device.type == "cuda"
 
     # Data
-    data = load_data(args.data, args.image_size, ("train",), args.holdout, args.normal_class)
+    data = load_data(args.data, args.image_size, ("train",), args.holdout, args.normal_class, args.skip_bad_images)
     M, channels, size = len(data.train), data.train.shape[1], data.train.shape[-1]
     check_batch(args.batch_size, M)
     if args.image_size and args.image_size != size:

@@ -87,7 +87,7 @@ def main():
     compiled = args.compile if args.compile is not None else device.type == "cuda"
 
     # Data
-    data = load_data(args.data, args.dissolve_size, ("train",), args.holdout, args.normal_class)
+    data = load_data(args.data, args.dissolve_size, ("train",), args.holdout, args.normal_class, args.skip_bad_images)
     channels = data.train.shape[1]
     n = max(1, round(len(data.train) * args.fraction))
     check_batch(args.batch_size, n)

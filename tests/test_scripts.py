@@ -50,12 +50,14 @@ def test_chain_writes_what_the_readme_says(chain, folder, capsys):
     assert {p.name for p in chain.iterdir()} == {"diffusion.pt", "dia.pt", "dissolving.png", "log.jsonl", "scores.csv",
                                                  "metrics.json", "examples.png", "stats.pt"}
     rows = list(csv.DictReader((chain / "scores.csv").open()))
-    assert len(rows) == 30 and list(rows[0]) == ["path", "group", "label", "score"]
+    assert len(rows) == 30 and list(rows[0]) == ["path", "group", "label", "score", "p_value", "anomaly"]
     metrics = json.loads((chain / "metrics.json").read_text())
     assert metrics["auroc"] == pytest.approx(roc_auc_score([int(r["label"]) for r in rows], [float(r["score"]) for r in rows]))
     low, high = metrics["auroc_interval_95"]
     assert low <= metrics["auroc"] <= high and len(metrics["floors_auroc"]) == 3 and set(metrics["parts_auroc"]) == {
         "csi", "con", "cls", "cos", "norm", "local"}
+    wrong = [int(r["anomaly"]) for r in rows if r["label"] == "0"]
+    assert metrics["decision"]["false_positive_rate"] == np.mean(wrong) and metrics["decision"]["calibration_normals"] > 2
     log = [json.loads(line) for line in (chain / "log.jsonl").read_text().splitlines()]
     assert {"held_t0-29", "held_t30-129", "loss"} <= log[0].keys() and log[0]["zero"] == 0.798
     last = [r for r in log if r["stage"] == "dia"][-1]
