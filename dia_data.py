@@ -4,11 +4,17 @@
 the program ends with a sentence that says what was found and what is needed (SystemExit).
 """
 
+import csv
+import difflib
 import hashlib
+import http.client
 import json
 import os
 import re
 import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +24,49 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from tqdm import tqdm
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 MEDMNIST_NORMAL = {"pneumoniamnist": 0, "breastmnist": 1, "octmnist": 3}    # MedMNIST's label of the healthy class
+MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
+MEDMNIST_MD5 = {                                                            # of NAME.npz, NAME_64, NAME_128, NAME_224
+    "pathmnist": "a8b06965200029087d5bd730944a56c1 55aa9c1e0525abe5a6b9d8343a507616 ac42d08fb904d92c244187169d1fd1d9 "
+                 "2c51a510bcdc9cf8ddb2af93af1eadec",
+    "dermamnist": "0744692d530f8e62ec473284d019b0c7 b70a2f5635c6199aeaa28c31d7202e1f 2defd784463fa5243564e855ed717de1 "
+                  "8974907d8e169bef5f5b96bc506ae45d",
+    "octmnist": "c68d92d5b585d8d81f7112f81e2d0842 e229e9440236b774d9f0dfef9d07bdaf 0a97e76651ace45c5d943ee3f65b63ae "
+                "abc493b6d529d5de7569faaef2773ba3",
+    "pneumoniamnist": "28209eda62fecd6e6a2d98b1501bb15f 8f4eceb4ccffa70c672198ea285246c6 05b46931834c231683c68f40c47b2971 "
+                      "d6a3c71de1b945ea11211b03746c1fe1",
+    "retinamnist": "bd4c0672f1bba3e3a89f0e4e876791e4 afda852cc34dcda56f86ad2b2457dbcc e48e916a24454daf90583d4e6efb1a18 "
+                   "eae7e3b6f3fcbda4ae613ebdcbe35348",
+    "breastmnist": "750601b1f35ba3300ea97c75c52ff8f6 742edef2a1fd1524b2efff4bd7ba9364 363e4b3f8d712e9b5de15470a2aaadf1 "
+                   "b56378a6eefa9fed602bb16d192d4c8b",
+    "bloodmnist": "7053d0359d879ad8a5505303e11de1dc 2b94928a2ae4916078ca51e05b6b800b adace1e0ed228fccda1f39692059dd4c "
+                  "b718ff6835fcbdb22ba9eacccd7b2601",
+    "tissuemnist": "ebe78ee8b05294063de985d821c1c34b 123ece2eba09d0aa5d698fda57103344 61b955355d7425a89687b06cca3ce0c2 "
+                   "b077128c4a949f0a4eb01517f9037b9c",
+    "organamnist": "68e3f8846a6bd62f0c9bf841c0d9eacc 2dcccc29b88e6da5a01161ef20cda288 eeae80d0a227a8d099027e1b3cfd3b60 "
+                   "50747347e05c87dd3aaf92c49f9f3170",
+    "organcmnist": "b9ceb9546e10131b32923c5bbeaea2b1 3ce34a8724ea6f548e6db4744d03b6a9 773c1f009daa3fe5d9a2a201b2a7ed94 "
+                   "050f5e875dc056f6768abf94ec9995d1",
+    "organsmnist": "9ab87b696fb54e2a387ebe992d6ed5f1 53a6d115339d874c25e309a994ff46d3 ded0c5fa01a95dc4978b956f613e9b8e "
+                   "b354719e553fbbb2513d5533f52a4cb1",
+}
+CHECKSUMS = {name + size: md5 for name, every in MEDMNIST_MD5.items()
+             for size, md5 in zip(("", "_64", "_128", "_224"), every.split(), strict=True)}
+LARGEST = 16e9              # bytes of a download; the largest of these files has 12.6e9
+
+# Sets that have to be fetched by hand: where from; what their download holds; normal classes, anomalous classes.
+BY_HAND = {
+    "sarscov2": ("kaggle.com/datasets/plameneduardo/sarscov2-ctscan-dataset", ["COVID", "non-COVID"], ["non-COVID"], ["COVID"]),
+    "kvasir": ("datasets.simula.no/kvasir (kvasir-dataset-v2.zip)", ["normal-cecum", "normal-pylorus", "normal-z-line", "polyps"],
+               ["normal-cecum", "normal-pylorus", "normal-z-line"], ["polyps"]),
+    "oct2017": ("kaggle.com/datasets/paultimothymooney/kermany2018", ["train/NORMAL", "test/NORMAL"], None, None),
+    "aptos2019": ("kaggle.com/competitions/aptos2019-blindness-detection", ["train.csv", "train_images"], None, None),
+}
 TREE = "expected <data>/train/<normal>/*, <data>/test/<normal>/* and <data>/test/<anything else>/*"
 
 
@@ -57,7 +101,7 @@ class Item:
 
 
 def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.1, normal_class=None, skip_bad=False):
-    """Load `elpv`, an npz file in MedMNIST's format, or a folder in MVTec or ImageFolder layout. See the README.
+    """Load a set by name, an npz file in MedMNIST's format, or a folder in MVTec or ImageFolder layout. See the README.
 
     image_size: pixels of the square that images are brought to; None for the set's own. Arrays of an npz file are
     never enlarged. splits: ("train",) reads no test images. holdout: share of the training normals set aside. skip_bad: go on
@@ -68,7 +112,12 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     path = Path(data).expanduser()
     if data == "elpv":
         items, defaults["shift"] = _elpv_items(), "perm"
-    elif path.suffix == ".npz":
+    elif data in BY_HAND:
+        items = _items_by_hand(data, splits)
+        if data == "kvasir":                                                # DIA Sec. 4.1, Tab. 4
+            defaults |= {"shift": "perm", "t_range": (100, 200)}
+    elif path.suffix == ".npz" or data in CHECKSUMS:
+        path = medmnist(data) if data in CHECKSUMS else path
         items = _npz_items(path, splits, normal_class)
         native = min(items[splits[0]][0].source.shape[:2])
         defaults["image_size"] = min(native, 224)
@@ -76,7 +125,9 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     elif path.is_dir():
         items = _folder_items(path, splits, normal_class)
     else:
-        raise SystemExit(f"--data {data}: no such folder or npz file, and the only set known by name is elpv.")
+        names = ["elpv", *BY_HAND, *CHECKSUMS]
+        near = difflib.get_close_matches(str(data).lower(), names, 3) or ["elpv", *BY_HAND, *MEDMNIST_NORMAL]
+        raise SystemExit(f"--data {data}: no such folder, npz file or set; names that are known: {', '.join(near)}.")
     size = image_size or defaults["image_size"]
 
     items["train"].sort(key=lambda item: _hash(item.name))                  # the held-out ones come first:
@@ -125,18 +176,126 @@ def _hash(name):
 
 
 def _elpv_items():
-    """ELPV: normal = defect probability 0, anomaly = probability 1; 75/25 split of the sorted normals, seed 42."""
+    """ELPV: normal = defect probability 0, anomaly = probability 1; see _split."""
     try:
         import elpv_dataset
     except ImportError:
         raise SystemExit("--data elpv needs the package elpv-dataset: pip install elpv-dataset") from None
-    from sklearn.model_selection import train_test_split
     root = Path(elpv_dataset.__file__).parent / "data"
     rows = [line.split() for line in (root / "labels.csv").read_text().splitlines()]
-    items = [Item(name, int(float(p) == 1), group, root / name)
-             for name, p, group in sorted(rows) if float(p) in (0, 1)]
-    train, test = train_test_split([i for i in items if i.label == 0], test_size=0.25, random_state=42)
+    return _split([Item(name, int(float(p) == 1), group, root / name) for name, p, group in rows if float(p) in (0, 1)])
+
+
+def _items_by_hand(name, splits):
+    """A set of BY_HAND from its unzipped download, in data/<name> or $DIA_DATA/<name>, untouched.
+
+    Where no split is published it is as for ELPV: a quarter of the normals, scikit-learn's split with seed 42, and all anomalies.
+    """
+    source, expected, normal, anomalous = BY_HAND[name]
+    root = Path(os.environ.get("DIA_DATA", "data")).expanduser() / name
+    folders = [root, *(sorted(root.glob("*/")) + sorted(root.glob("*/*/")) if root.is_dir() else [])]     # zips hold a folder
+    found = next((f for f in folders if all((f / e).exists() for e in expected)), None)
+    if found is None:
+        there = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing" if root.is_dir() else "no such folder"
+        raise SystemExit(f"--data {name}: fetch it from {source}, and unzip it into {root} (DIA_DATA names another place than "
+                         f"data); expected there: {', '.join(expected)}; found: {there}.")
+    if name == "oct2017":
+        return _folder_items(found, splits, "NORMAL")
+    if name == "aptos2019":
+        with open(found / "train.csv", newline="") as file:
+            try:
+                grades = [(row["id_code"], int(row["diagnosis"])) for row in csv.DictReader(file)]
+            except (KeyError, ValueError):
+                raise SystemExit(f"{file.name}: needed are columns id_code and diagnosis, grades from 0 to 4.") from None
+        items = [Item(f"train_images/{code}.png", int(grade > 0), f"grade {grade}", found / f"train_images/{code}.png")
+                 for code, grade in sorted(grades)]
+        missing = [i.name for i in items if not i.source.is_file()]
+        if missing:
+            raise SystemExit(f"{found}: {len(missing)} images of train.csv are missing, the first is {missing[0]}: unzip again.")
+    else:
+        items = [Item(f.relative_to(found).as_posix(), int(folder in anomalous), folder, f)
+                 for folder in normal + anomalous for f in _walk(found / folder)]
+    return _split(items)
+
+
+def _split(items):
+    """A quarter of the sorted normals and all anomalies to test on, the other normals to train on; seed 42."""
+    items = sorted(items, key=lambda i: i.name)
+    normals = [i for i in items if i.label == 0]
+    if len(normals) < 4:
+        raise SystemExit(f"{len(normals)} normal images are too few to split.")
+    train, test = train_test_split(normals, test_size=0.25, random_state=42)
     return {"train": train, "test": sorted(test + [i for i in items if i.label == 1], key=lambda i: i.name)}
+
+
+def medmnist(name):
+    """Path of a MedMNIST file: as MedMNIST's own package keeps it, or from the cache, downloaded there once and checked."""
+    folder = cache_folder()
+    for path in (Path(f"~/.medmnist/{name}.npz").expanduser(), folder / f"{name}.npz"):
+        if path.is_file() and _md5(path) == CHECKSUMS[name]:
+            return path
+    download(MEDMNIST_URL.format(name), folder / f"{name}.npz", CHECKSUMS[name])
+    return folder / f"{name}.npz"
+
+
+def _md5(path):
+    digest = hashlib.md5()
+    with open(path, "rb") as file:
+        while chunk := file.read(2 ** 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, url):
+        _check_url(url)
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def _check_url(url):
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "https" and (parts.scheme, parts.hostname) != ("http", "127.0.0.1"):
+        raise SystemExit(f"{url} is not https: nothing is fetched from there.")
+
+
+def download(url, path, md5, attempts=3):
+    """Fetch a file, over https only (127.0.0.1 aside), of at most LARGEST bytes; at `path` only if whole and its MD5 is right.
+
+    A connection that is cut is tried again from the start. Exits with a sentence where it can't be had.
+    """
+    _check_url(url)
+    opener, temporary = urllib.request.build_opener(_HttpsOnly), path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        for attempt in range(1, attempts + 1):
+            done, length, digest = 0, None, hashlib.md5()
+            try:
+                with opener.open(url, timeout=60) as answer, open(temporary, "wb") as file:
+                    length = int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
+                    bar = tqdm(total=length, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
+                    while done <= LARGEST >= (length or 0) and (chunk := answer.read(2 ** 20)):
+                        file.write(chunk)
+                        digest.update(chunk)
+                        done += len(chunk)
+                        bar.update(len(chunk))
+                    bar.close()
+            except urllib.error.HTTPError as error:
+                raise SystemExit(f"{url}: the server answers {error.code} {error.reason}. Try later, or fetch it by hand to "
+                                 f"{path}.") from None
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+                problem = f"{getattr(error, 'reason', error)}"
+            else:
+                if max(done, length or 0) > LARGEST:
+                    raise SystemExit(f"{url} is larger than {LARGEST / 1e9:.0f} GB: not fetched.")
+                problem = None if length in (None, done) else f"the connection was cut after {done} of {length} bytes"
+            if not problem:
+                break
+            if attempt == attempts:
+                raise SystemExit(f"{url}: {problem}, {attempts} times. Try later, or fetch it by hand to {path}.")
+        if digest.hexdigest() != md5:
+            raise SystemExit(f"{url}: the file has another checksum (MD5 {digest.hexdigest()}) than {md5}: not used.")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _npz_items(path, splits, normal_class):
@@ -302,6 +461,11 @@ def _pixels(items, size, skip_bad=False):
 
 def cache_path(key):
     """Where an array that follows from `key` (anything json can write) is kept: ~/.cache/dia, or below $XDG_CACHE_HOME."""
+    return cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
+
+
+def cache_folder():
+    """~/.cache/dia, or below $XDG_CACHE_HOME; made if it is not there."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dia"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
+    return folder
