@@ -428,7 +428,7 @@ def _pixels(items, size, skip_bad=False):
     note = path.with_suffix(".json")                                        # which images cannot be read, if there are any
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor() as pool:
-            rgb = np.lib.format.open_memmap(f"{scratch}/rgb.npy", "w+", np.uint8, (len(items), 3, size, size))
+            rgb = new_array(f"{scratch}/rgb.npy", (len(items), 3, size, size))
             all_grey, good = True, []
             decoded = pool.map(decode, items)
             for i, found in enumerate(tqdm(decoded, "decoding", len(items), unit="image", disable=None, leave=False)):
@@ -438,7 +438,7 @@ def _pixels(items, size, skip_bad=False):
                     good.append(i)
             shape = (len(good), 1 if all_grey else 3, size, size)
             if good and shape != rgb.shape:                                 # a smaller file will do
-                every, rgb = rgb, np.lib.format.open_memmap(f"{scratch}/less.npy", "w+", np.uint8, shape)
+                every, rgb = rgb, new_array(f"{scratch}/less.npy", shape)
                 for i in range(len(good)):
                     rgb[i] = every[i, :shape[1]]
             rgb.flush()
@@ -457,6 +457,15 @@ def _pixels(items, size, skip_bad=False):
         left_out = {id(item) for item in bad}
         items = [item for item in items if id(item) not in left_out]
     return torch.from_numpy(np.load(path, mmap_mode="c")), items            # copy on write: the file stays as it is
+
+
+def new_array(path, shape):
+    """A memory-mapped uint8 array in a new npy file. OSError where there is no room for it (later it would be a crash)."""
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
 
 
 def cache_path(key):

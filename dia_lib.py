@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -670,12 +671,14 @@ def whole(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:                                # a full disk does not say which file
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, kind, settings, state):
-    """Write {kind, settings, **state} whole or not at all, synced to disk."""
+    """Write {kind, settings, **state} whole or not at all, synced to disk. OSError where there is no room."""
     with whole(path) as temporary, open(temporary, "wb") as file:
         torch.save({"kind": kind, "settings": {**settings, "format": 1}, **state}, file)
         file.flush()
@@ -779,7 +782,7 @@ def training_flags(parser):
     parser.add_argument("--out", help="the run's folder (default: runs/<data>, and -s<seed> for a seed above 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and draws (default: 0)")
     parser.add_argument("--holdout", type=float, default=0.1, help="share of the normals set aside (default: 0.1)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
+    parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint, if there is one, with its settings")
     parser.add_argument("--quick", action="store_true", help="settings for minutes on a CPU, listed in the README")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile (default: on CUDA; takes minutes to start on a CPU)")
@@ -788,15 +791,13 @@ def training_flags(parser):
 def parse_training(parser, kind, quick, argv=None):
     """Parse the command line of a training script: flags > (--resume) the checkpoint's settings > (--quick) > defaults.
 
-    Returns args (with .out a Path) and the checkpoint to resume from, or None. Exits when OUT holds a checkpoint of
-    this stage and --resume is not given, or there is nothing to resume, or a flag contradicts the run to resume.
+    Returns args (with .out a Path) and the checkpoint to resume from, or None if there is none yet. Exits when OUT holds a
+    checkpoint of this stage and --resume is not given, or a flag contradicts the run to resume.
     """
     first = parser.parse_args(argv)
     out = Path(first.out or f"runs/{data_name(first.data)}" + (f"-s{first.seed}" if first.seed else ""))
     path, state = out / f"{kind}.pt", None
-    if first.resume:
-        if not path.exists():
-            raise SystemExit(f"--resume: {path} does not exist, so there is nothing to resume. Leave --resume out.")
+    if first.resume and path.exists():
         state = load_checkpoint(path, kind, "cpu")
         defaults = vars(parser.parse_args([f"--out={out}"]))                        # for flags that came after the run
         saved = {k: state["settings"].get(k, v) for k, v in defaults.items()
@@ -804,8 +805,11 @@ def parse_training(parser, kind, quick, argv=None):
         parser.set_defaults(**saved)
     elif path.exists():
         raise SystemExit(f"{path} exists. Go on with --resume, or choose another folder with --out.")
-    elif first.quick:
-        parser.set_defaults(**quick)
+    else:
+        if first.resume:
+            print(f"note: --resume: there is no {path} yet; starting from the beginning")
+        if first.quick:
+            parser.set_defaults(**quick)
     args = parser.parse_args(argv)
     if state:
         for name in set(saved) - {"data", "diffusion", "every", "keep"}:            # files may have moved
@@ -904,12 +908,18 @@ def save_grid(path, rows, captions, scale=1, names=None):
 
 
 def run(main):
-    """Call main(); end a Ctrl-C and errors of the file system with one sentence, not a traceback."""
+    """Call main(); end a Ctrl-C, a SIGTERM and errors of the file system with one sentence, not a traceback."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; a training run goes on from its last checkpoint with --resume.", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print("\nstopped; a training run goes on from its last checkpoint with --resume.", file=sys.stderr)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except OSError as error:
         sys.exit(f"{error}. Nothing that was written before is lost.")
+    finally:
+        signal.signal(signal.SIGTERM, before)

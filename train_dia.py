@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from dia_data import cache_path, load_data
+from dia_data import cache_path, load_data, new_array
 from dia_lib import (
     SCORES, Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights,
     code_version, contrastive_loss, dissolve_small, dissolve_view, embed, fit_normals, fit_to, load_checkpoint, make_views,
@@ -148,7 +148,7 @@ def make_bank(path, unet, images, channels, slots, t_range, abar, size, seed, de
         part = (torch.arange(slots // 2)[:, None] + u) / (slots // 2)                               # (M, slots/2, 2)
         t = t_range[0] + (part * (t_range[1] - t_range[0])).long().clamp(max=t_range[1] - t_range[0] - 1)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            bank = np.lib.format.open_memmap(f"{scratch}/bank", "w+", np.uint8, (*t.shape, channels, size, size))
+            bank = new_array(f"{scratch}/bank", (*t.shape, channels, size, size))
             for i in tqdm(range(0, len(images), 64), "dissolving", unit="image", unit_scale=64, disable=None, leave=False):
                 x = fit_to(to_float(images[i:i + 64], channels, device), size)                      # (64, C, size, size)
                 for s, flip in itertools.product(range(slots // 2), range(2)):

@@ -81,6 +81,17 @@ def picture(path, unet, train, held, abar):
     save_grid(path, rows, ["real", "t = 0", "t = 50", "t = 100", "t = 200", "t = 400"], scale=3)
 
 
+def memorised(unet, train, held, abar, log, step):
+    """Has the model memorised its training images? Then it no longer dissolves them. Says so, and logs both changes."""
+    on_train, on_held = change(unet, train, abar), change(unet, held, abar)
+    log(step, change_train=on_train.mean().item(), change_held=on_held.mean().item())
+    tqdm.write(f"dissolving changes training images by {on_train.mean():.2f} grey levels, held-out ones by {on_held.mean():.2f}")
+    noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt()              # of the difference
+    if on_train.mean() < on_held.mean() - 2 * noise:
+        tqdm.write("it changes training images less: the model has begun to memorise them, so stage 1 is too long; "
+                   "use fewer --steps")
+
+
 def main():
     args, state = arguments()
     device = pick_device(args.device)
@@ -164,20 +175,11 @@ def main():
                 **({f"held_t{a}-{b - 1}": v for (a, b), v in zip(BINS, held_out_losses(ema, held, abar), strict=True)}
                    if len(held) else {}))
             picture(args.out / "dissolving.png", ema, prepare(train[:4]), held, abar)
+            if done == args.steps and len(held) > 1:
+                memorised(ema, prepare(train[:max(len(held), 32)]), held, abar, log, done)
             save_checkpoint(args.out / "diffusion.pt", "diffusion", settings, {
                 "step": done, "unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
             losses = []
-
-    # Has it memorised its training images? Then it no longer dissolves them.
-    if len(held) > 1:
-        on_train = change(ema, prepare(train[:max(len(held), 32)]), abar)
-        on_held = change(ema, held, abar)
-        log(args.steps, change_train=on_train.mean().item(), change_held=on_held.mean().item())
-        print(f"dissolving changes training images by {on_train.mean():.2f} grey levels, held-out ones by {on_held.mean():.2f}")
-        noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt()          # of the difference
-        if on_train.mean() < on_held.mean() - 2 * noise:
-            print("it changes training images less: the model has begun to memorise them, so stage 1 is too long; "
-                  "use fewer --steps")
     print(f"stage 1 done: {args.out}/diffusion.pt, picture in {args.out}/dissolving.png")
 
 

@@ -264,7 +264,6 @@ def test_wrong_training_flags(folder, tmp_path, chain):
         (train_diffusion, [*new, "--steps", "0"], "at least 1"),
         (train_diffusion, [*new, "--seed", "-1"], "from 0 on"),
         (train_diffusion, [*new, "--lr", "-1"], "above 0"),
-        (train_diffusion, [*new, "--resume"], "nothing to resume"),
         (train_diffusion, ["--data", "no/such/path", "--out", tmp_path / "new"], "no such folder"),
         (train_dia, [*new, *STAGE2], "Run train_diffusion.py"),
         (train_dia, [*new, *STAGE2, "--t-range", "50", "50"], "0 <= A < B <= 1000"),

@@ -1,0 +1,167 @@
+"""Runs that are stopped: killed at random moments, by SIGTERM, by a full disk. Nothing older is lost, and --resume is exact.
+
+Real processes are killed. They are forks of one process that has imported torch and not computed anything, so that each
+starts in milliseconds.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_scripts import ROOT, STAGE1, STAGE2, call
+
+import dia_lib
+import train_diffusion
+
+FORKS = """
+import json, os, resource, sys
+sys.path.insert(0, sys.argv[1])
+import dia_lib, train_dia, train_diffusion
+print("ready", flush=True)
+while line := sys.stdin.readline():
+    script, output, limit, *argv = json.loads(line)
+    if not (pid := os.fork()):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        sys.argv, code = [script, *argv], 0
+        try:
+            dia_lib.run({"train_dia": train_dia, "train_diffusion": train_diffusion}[script].main)
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):
+                print(code)
+                code = 1
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            code = 70
+        sys.stdout.flush()
+        os._exit(code or 0)
+    print(pid, flush=True)
+    sys.stdin.readline()
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """fork(script, *argv, kill=(signal, seconds), limit=bytes a file): the exit code, the output, the seconds it ran."""
+    script = tmp_path_factory.mktemp("forks") / "forks.py"
+    script.write_text(FORKS)
+    process = subprocess.Popen([sys.executable, str(script), str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stdout.readline() == "ready\n"
+
+    def run(name, *argv, kill=None, limit=0):
+        output = script.with_name("output")
+        output.write_text("")
+        process.stdin.write(json.dumps([name, str(output), limit, *map(str, argv)]) + "\n")
+        process.stdin.flush()
+        pid, begun = int(process.stdout.readline()), time.perf_counter()
+        if kill:
+            time.sleep(kill[1])
+            os.kill(pid, kill[0])                           # not waited for yet, so that no other process can have its number
+        process.stdin.write("\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        return code, output.read_text(), time.perf_counter() - begun
+
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+def ends(out, kind):
+    """All tensors of a finished run by name, and its log without seconds."""
+    def flat(value, name=""):
+        if isinstance(value, dict):
+            return {k: v for key, part in value.items() for k, v in flat(part, f"{name}/{key}").items()}
+        if isinstance(value, list):
+            return flat(dict(enumerate(value)), name)
+        return {name: value}
+
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    state = flat(torch.load(out / f"{kind}.pt", weights_only=True))
+    return ({k: v for k, v in state.items() if k != "/seconds" and "/settings" not in k},
+            [{k: v for k, v in row.items() if k != "seconds"} for row in log])
+
+
+@pytest.mark.parametrize("script, kind", [("train_diffusion", "diffusion"), ("train_dia", "dia")])
+def test_ten_kills_at_random_moments_change_nothing(script, kind, folder, tmp_path, fork):
+    """SIGKILL at ten moments of runs that are started again with --resume: the ends are those of one never stopped."""
+    argv = ["--data", folder, *(STAGE1 if kind == "diffusion" else STAGE2), "--steps", 8, "--resume"]
+    if kind == "dia":
+        assert fork("train_diffusion", "--data", folder, "--out", tmp_path / "stage1", *STAGE1)[0] == 0
+        argv += ["--diffusion", tmp_path / "stage1/diffusion.pt", "--every", 3]
+    code, output, seconds = fork(script, *argv, "--out", tmp_path / "never")
+    assert code == 0, output
+    weights, log = ends(tmp_path / "never", kind)
+    rng, kills, resumed, runs = random.Random(0), 0, 0, 0
+    while kills < 10:
+        out, runs, code = tmp_path / f"run{runs}", runs + 1, -signal.SIGKILL
+        while code == -signal.SIGKILL:
+            resumed += kills > 0 and (out / f"{kind}.pt").exists()
+            kill = (signal.SIGKILL, rng.uniform(0.02, 0.9) * seconds) if kills < 10 else None
+            code, output, _ = fork(script, *argv, "--out", out, kill=kill)
+            kills += code == -signal.SIGKILL
+        assert code == 0, output
+        again, log_again = ends(out, kind)
+        assert again.keys() == weights.keys() and log_again == log
+        assert all(torch.equal(v, again[k]) if torch.is_tensor(v) else v == again[k] for k, v in weights.items())
+        assert runs < 30
+    assert kills == 10 and resumed >= 3                     # at least three went on from a checkpoint
+
+
+def test_sigterm_ends_with_a_sentence_and_leaves_no_half_file(folder, tmp_path, fork):
+    argv = ["--data", folder, *STAGE1, "--steps", 2000, "--out", tmp_path / "run"]
+    code, output, _ = fork("train_diffusion", *argv, kill=(signal.SIGTERM, 3))
+    assert code == 128 + signal.SIGTERM and "goes on from its last checkpoint with --resume" in output
+    assert "Traceback" not in output and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(folder, tmp_path, fork):
+    """RLIMIT_FSIZE stands for the full disk: the next checkpoint can't be written, the one before is whole."""
+    out = tmp_path / "run"
+    argv = ["--data", folder, *STAGE1, "--out", out]
+    assert fork("train_diffusion", *argv, "--steps", 4)[0] == 0
+    before = (out / "diffusion.pt").read_bytes()
+    state = torch.load(out / "diffusion.pt", weights_only=True)
+    state["settings"]["steps"], state["step"] = 8, 4
+    torch.save(state, out / "diffusion.pt")                 # as if stopped half way
+    code, output, _ = fork("train_diffusion", *argv[:2], "--out", out, "--resume", limit=len(before) // 2)
+    last = output.strip().splitlines()[-1]
+    assert code == 1 and "diffusion.pt" in last and "Nothing that was written before is lost" in last, output
+    assert torch.load(out / "diffusion.pt", weights_only=True)["step"] == 4 and not list(out.glob("*.tmp"))
+    assert fork("train_diffusion", *argv[:2], "--out", out, "--resume")[0] == 0
+
+
+def test_an_out_below_a_file_is_one_sentence(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in call(train_diffusion, "--data", folder, *STAGE1, "--out", tmp_path / "file/run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_one_sentence(folder, tmp_path):
+    tmp_path.chmod(0o555)
+    assert "Permission denied" in call(train_diffusion, "--data", folder, *STAGE1, "--out", tmp_path / "run")
+
+
+def test_no_room_for_decoded_images_is_an_error_not_a_crash(tmp_path, monkeypatch):
+    import dia_data
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dia_data.os, "posix_fallocate", full)
+    said = []
+    with pytest.raises(SystemExit) as stop:
+        dia_lib.run(lambda: said.append(dia_data.new_array(tmp_path / "x.npy", (2, 2))))
+    assert "No space left" in str(stop.value) and not said
