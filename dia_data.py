@@ -12,18 +12,20 @@ import json
 import os
 import re
 import tempfile
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from tqdm import tqdm
@@ -67,6 +69,7 @@ BY_HAND = {
     "oct2017": ("kaggle.com/datasets/paultimothymooney/kermany2018", ["train/NORMAL", "test/NORMAL"], None, None),
     "aptos2019": ("kaggle.com/competitions/aptos2019-blindness-detection", ["train.csv", "train_images"], None, None),
 }
+LARGE = threading.Lock()    # held while a large image is decoded
 TREE = "expected <data>/train/<normal>/*, <data>/test/<normal>/* and <data>/test/<anything else>/*"
 
 
@@ -310,15 +313,21 @@ def _npz_items(path, splits, normal_class):
     if not path.is_file():
         raise SystemExit(f"--data {path}: no such file.")
     try:
-        zipfile.ZipFile(path).close()
+        with zipfile.ZipFile(path) as file:
+            for member in file.infolist():
+                if member.file_size > max(2 ** 30, 100 * member.compress_size):
+                    raise SystemExit(f"{path}: {member.filename} would unpack from {member.compress_size} to {member.file_size} "
+                                     "bytes: not read.")
         with np.load(path) as file:
             missing = [f"{s}_{what}" for s in splits for what in ("images", "labels") if f"{s}_{what}" not in file]
             if missing:
                 raise SystemExit(f"{path}: no {', '.join(missing)}; found {', '.join(file) or 'nothing'}. "
                                  "MedMNIST's format has train_images, train_labels, test_images, test_labels.")
             arrays = {s: (file[f"{s}_images"], file[f"{s}_labels"]) for s in splits}
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
         raise SystemExit(f"{path} is not a readable npz file; it may be truncated: fetch it again.") from None
+    except MemoryError as error:
+        raise SystemExit(f"{path} does not fit into memory, or claims so ({error}).") from None
     items = {}
     for split, (images, labels) in arrays.items():
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
@@ -391,15 +400,28 @@ def _decode(source, size):
         image = Image.fromarray(source)
     else:
         try:
-            image = ImageOps.exif_transpose(Image.open(source))
-            if image.mode.startswith("I"):                                  # 16-bit grey
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = Image.open(source)
+            pixels = image.width * image.height
+            if pixels > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million at most")
+            with LARGE if pixels > 2e7 else nullcontext():                  # one at a time: it may need half a GB
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):                              # 16-bit grey
+                    deep = np.array(image)
+                    deep //= 257
+                    image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
+                image.load()
+                return _square(image, size)
+        except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
             raise SystemExit(f"{source} cannot be read as an image ({error}): repair or remove it.") from None
+    return _square(image, size)
+
+
+def _square(image, size):
+    """A PIL image -> (3, size, size) uint8, and whether it is grey."""
     image = image.convert("RGB")
     red, green, blue = image.split()
-    grey = red.tobytes() == green.tobytes() == blue.tobytes()
+    grey = all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue))
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1), grey

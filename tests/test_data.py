@@ -9,6 +9,7 @@ from conftest import texture
 from PIL import Image
 
 import dia_data
+import mutate
 from dia_data import _folder_items, _hash, load_data
 from dia_lib import to_float
 
@@ -191,3 +192,18 @@ def test_wrong_npz(tmp_path):
         (tmp_path / name).write_bytes(content)
         message = sentence(str(tmp_path / name), normal_class="0")
         assert "not a readable npz" in message or "no train_labels" in message
+
+
+def test_mutated_files_and_bombs_are_read_or_refused_with_one_sentence(tmp_path):
+    assert mutate.hunt(tmp_path, 200) == []
+
+
+def test_the_mutator_finds_what_is_wrong(tmp_path, monkeypatch):
+    def broken(source, size):
+        if b"IHDR" not in source.read_bytes():
+            raise KeyError("a traceback")
+
+    monkeypatch.setattr(mutate, "_decode", broken)
+    monkeypatch.setattr(mutate, "bombs", lambda: [])
+    found = mutate.hunt(tmp_path, 100)
+    assert found and all("KeyError" in wrong for _, wrong in found) and (tmp_path / found[0][0]).exists()
