@@ -56,6 +56,7 @@ def arguments(argv=None):
     parser.add_argument("--fpr", type=float, default=0.05, help="share of normal images that may be called anomalies (default: "
                         "0.05)")
     parser.add_argument("--images", metavar="FOLDER", help="score all images below this folder, without labels, not the test set")
+    parser.add_argument("--report", action="store_true", help="draw roc.png, scores.png, p_values.png, training.png: report.py")
     parser.add_argument("--results", metavar="FILE", help="append each run to this csv table (a run already there is replaced), "
                         "and its scores to FILE with -scores before the suffix")
     parser.add_argument("--validation-only", action="store_true",
@@ -63,8 +64,8 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if args.validation_only and not args.results:
         raise SystemExit("--validation-only: says what to append to --results FILE; give both.")
-    if args.images and args.results:
-        raise SystemExit("--results: a table of AUROCs; images of --images have no labels, leave one of the two out.")
+    if args.images and (args.results or args.report):
+        raise SystemExit("--results and --report are about AUROCs; images of --images have no labels: leave one of them out.")
     if not 0 < args.fpr < 1:
         raise SystemExit(f"--fpr {args.fpr}: needs a share between 0 and 1.")
     args.out = args.out or [f"runs/{data_name(args.data or 'elpv')}"]
@@ -220,9 +221,10 @@ def floors(data, encoder, shift, jitter, part, device, batch):
 
 
 def examples(path, images, picked, run):
-    """Rows of test images, {caption: indices}; beside each its dissolved version and their difference."""
+    """Rows of images, {caption: indices}. Beside each its third view, dissolved at the middle of the range of t, and a map of
+    four times their difference, the mean over eleven t of the range."""
     s, out, device = run.settings, run.out, run.device
-    mode, unet, abar, t = s["dissolve"], None, None, None
+    mode, unet, abar, t = s["dissolve"], None, None, torch.zeros(1, dtype=torch.int64)
     if mode in ("diffusion", "residual"):
         found = [p for p in (out / "diffusion.pt", Path(s["diffusion"])) if p.is_file() and sha256_of(p) == s["diffusion_sha256"]]
         if found:
@@ -230,7 +232,8 @@ def examples(path, images, picked, run):
             unet = UNet(s["channels"], state["settings"]["dim"]).to(device)
             unet.load_state_dict(state["ema"])
             abar = alpha_bar(state["settings"]["schedule"]).to(device)
-            t = torch.tensor([sum(s["t_range"]) // 2], device=device)
+            a, b = s["t_range"]
+            t = torch.cat([torch.tensor([(a + b) // 2]), torch.linspace(a, b - 1, 10).long()]).to(device)
         else:
             mode = "none"
             print(f"  stage 1's checkpoint ({s['diffusion']}) is not there: examples.png shows no dissolved images")
@@ -239,10 +242,13 @@ def examples(path, images, picked, run):
         row = []
         for i in chosen.tolist():
             x = to_float(images[i:i + 1], s["channels"], device)
-            twin = x if plain else dissolve_view(unet, x, t, abar, s["dissolve_size"], mode, gain=s["gain"])
-            row += [x[0]] if plain else [x[0], twin[0], (4 * (x - twin).abs()).clamp(0, 1)[0]]
+            row.append(x[0])
+            if not plain:
+                x = x.expand(len(t), -1, -1, -1)
+                twins = dissolve_view(unet, x, t, abar, s["dissolve_size"], mode, gain=s["gain"])       # (len(t), C, H, W)
+                row += [twins[0], (4 * (x - twins).abs().mean((0, 1))).clamp(0, 1)[None]]
         rows.append(row)
-    captions = ["image"] * 4 if plain else ["image", mode if t is None else f"t = {int(t)}", "4 x |diff|"] * 4
+    captions = ["image"] * 4 if plain else ["image", mode if unet is None else f"t = {int(t[0])}", "4 x |diff|"] * 4
     rows = [row + [None] * (len(captions) - len(row)) for row in rows]      # fewer than 4 images of a kind
     save_grid(path, rows, captions, scale=max(1, 128 // s["image_size"]), names=list(picked))
 
@@ -436,6 +442,10 @@ def main():
             score_folder(Path(out), args, device)
         return
     results = [evaluate(Path(out), args, device) for out in args.out]
+    if args.report:
+        from report import report                           # here, since it needs matplotlib
+        for out in args.out:
+            report(out)
     values = [r["auroc"] for r in results]
     if len(values) > 1:
         print(f"{len(values)} runs: AUROC {', '.join(f'{v:.4f}' for v in values)}; mean {statistics.fmean(values):.4f} "

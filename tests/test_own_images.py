@@ -3,6 +3,7 @@
 import csv
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy.stats import beta, kstest
 from test_scripts import STAGE1, call, chain  # noqa: F401  (chain is a fixture)
 
 import evaluate
+import report
 import train_diffusion
 from dia_data import load_data, load_images
 from study import calibration
@@ -51,6 +53,18 @@ def test_deals_keep_the_rate(chain, capsys):  # noqa: F811
         assert abs(calibration.deal(scores, 59, fpr, 200).mean() - expected) < 0.01
     assert call(calibration, "--out", chain) is None
     assert "test normals, 20 deals" in capsys.readouterr().out
+
+
+def test_report_draws_four_pictures_or_says_what_is_missing(chain, tmp_path, capsys, monkeypatch):  # noqa: F811
+    out = shutil.copytree(chain, tmp_path / "run")
+    assert "run evaluate.py on it first" in call(report, "--out", tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in call(report, "--out", out)
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert call(evaluate, "--out", out, "--passes", 2, "--report") is None
+    assert "drew roc.png, scores.png, training.png, p_values.png" in capsys.readouterr().out
+    assert all((out / f"{name}.png").stat().st_size > 5000 for name in ("roc", "scores", "training", "p_values"))
 
 
 @pytest.fixture
@@ -102,7 +116,8 @@ def test_own_images_are_scored_without_the_training_data(chain, scans, folder, t
 
 @pytest.mark.parametrize("words, sentence", [
     (["--images", "nowhere"], "no such folder"), (["--images", "."], "no image below it"),
-    (["--images", "scans", "--results", "x.csv"], "have no labels"), (["--fpr", "1"], "between 0 and 1")])
+    (["--images", "scans", "--results", "x.csv"], "have no labels"), (["--images", "scans", "--report"], "have no labels"),
+    (["--fpr", "1"], "between 0 and 1")])
 def test_what_is_asked_wrongly_is_said(words, sentence, chain, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     assert sentence in call(evaluate, "--out", chain, "--passes", 2, *words)
