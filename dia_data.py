@@ -115,12 +115,14 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     path = Path(data).expanduser()
     if data == "elpv":
         items, defaults["shift"] = _elpv_items(), "perm"
-    elif data in BY_HAND:
+    elif data in BY_HAND and not (path / "train").is_dir():                 # a folder of that name, ready for use, comes first
         items = _items_by_hand(data, splits)
         if data == "kvasir":                                                # DIA Sec. 4.1, Tab. 4
             defaults |= {"shift": "perm", "t_range": (100, 200)}
-    elif path.suffix == ".npz" or data in CHECKSUMS:
-        path = medmnist(data) if data in CHECKSUMS else path
+    elif path.suffix == ".npz" or (data in CHECKSUMS and not path.is_dir()):
+        if data in CHECKSUMS:
+            _normal_label(path, normal_class)                               # asked before anything is downloaded
+            path = medmnist(data)
         items = _npz_items(path, splits, normal_class)
         native = min(items[splits[0]][0].source.shape[:2])
         defaults["image_size"] = min(native, 224)
@@ -154,7 +156,8 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
 def load_images(folder, size, skip_bad=False):
     """All images below a folder, whatever their format and size: (n, C, size, size) uint8, and their n relative paths.
 
-    Says how many other files there are. Exits if there is no image, or one cannot be read; with skip_bad says which.
+    Keeps no copy on disk. Says how many other files there are. Exits if there is no image, or one cannot be read; with skip_bad
+    goes on and says which.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -165,7 +168,9 @@ def load_images(folder, size, skip_bad=False):
     other = sum(f.is_file() and f.suffix.lower() not in SUFFIXES for f in root.rglob("*"))
     if other:
         print(f"note: {other} other files below {folder} are left out; images are {', '.join(sorted(SUFFIXES))}")
-    pixels, items = _pixels([Item(f.relative_to(root).as_posix(), 0, "", f) for f in files], size, skip_bad)
+    items = [Item(f.relative_to(root).as_posix(), 0, "", f) for f in files]
+    with tempfile.TemporaryDirectory(prefix="dia-") as folder:
+        pixels, items = _pixels(items, size, skip_bad, folder)
     return pixels, [i.name for i in items]
 
 
@@ -301,15 +306,20 @@ def download(url, path, md5, attempts=3):
         temporary.unlink(missing_ok=True)
 
 
-def _npz_items(path, splits, normal_class):
-    """MedMNIST's format: train_images, train_labels, test_images, test_labels; (n, H, W) or (n, H, W, 3) uint8."""
+def _normal_label(path, normal_class):
+    """The normal label of an npz file: --normal-class, or what is known of a file of that name."""
     known = [c for name, c in MEDMNIST_NORMAL.items() if path.stem.startswith(name)]
     if normal_class is None and not known:
         raise SystemExit(f"{path}: say which label is normal, for example --normal-class 0.")
     try:
-        normal = int(known[0] if normal_class is None else normal_class)
+        return int(known[0] if normal_class is None else normal_class)
     except ValueError:
         raise SystemExit(f"--normal-class {normal_class}: the labels of an npz file are integers.") from None
+
+
+def _npz_items(path, splits, normal_class):
+    """MedMNIST's format: train_images, train_labels, test_images, test_labels; (n, H, W) or (n, H, W, 3) uint8."""
+    normal = _normal_label(path, normal_class)
     if not path.is_file():
         raise SystemExit(f"--data {path}: no such file.")
     try:
@@ -427,16 +437,20 @@ def _square(image, size):
     return np.asarray(image).transpose(2, 0, 1), grey
 
 
-def _pixels(items, size, skip_bad=False):
+def _pixels(items, size, skip_bad=False, folder=None):
     """The images of a split as one uint8 tensor (n, C, size, size), decoded once, then memory-mapped from the cache; its items.
 
-    With skip_bad, images that cannot be read are left out, else they end the program.
+    With skip_bad, images that cannot be read are left out, else they end the program. folder: instead of the cache's; it may
+    be removed afterwards.
     """
     def stamp(source):
         if isinstance(source, np.ndarray):
             return zlib.crc32(source.tobytes())
-        stat = os.stat(source)
-        return str(source), stat.st_size, stat.st_mtime_ns
+        try:
+            stat = os.stat(source)
+        except OSError:
+            return str(source)                                              # decode will say what is wrong
+        return str(source.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
     def decode(item):
         try:
@@ -447,8 +461,10 @@ def _pixels(items, size, skip_bad=False):
             return None
 
     path = cache_path([size, [(i.name, stamp(i.source)) for i in items]])
-    note = path.with_suffix(".json")                                        # which images cannot be read, if there are any
+    path = Path(folder or path.parent) / path.name
+    note = path.with_suffix(".json")                                        # which images could not be read, if there were any
     if not path.exists():
+        note.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor() as pool:
             rgb = new_array(f"{scratch}/rgb.npy", (len(items), 3, size, size))
             all_grey, good = True, []
@@ -469,8 +485,9 @@ def _pixels(items, size, skip_bad=False):
             if good:
                 os.replace(rgb.filename, path)
     bad = [items[i] for i in json.loads(note.read_text())] if note.exists() else []
-    if bad and not skip_bad:
-        _decode(bad[0].source, size)                                        # ends the program
+    if any(decode(item) for item in bad):                                   # it can be read by now: all once more
+        path.unlink(missing_ok=True)
+        return _pixels(items, size, skip_bad, folder)
     if bad:
         names = ", ".join(item.name for item in bad[:3]) + (", ..." if len(bad) > 3 else "")
         if len(bad) == len(items):
@@ -478,7 +495,8 @@ def _pixels(items, size, skip_bad=False):
         print(f"note: left out {len(bad)} of {len(items)} images, which cannot be read: {names}")
         left_out = {id(item) for item in bad}
         items = [item for item in items if id(item) not in left_out]
-    return torch.from_numpy(np.load(path, mmap_mode="c")), items            # copy on write: the file stays as it is
+    mapped = folder is None or os.name == "posix"                           # elsewhere a mapped file can't be removed
+    return torch.from_numpy(np.load(path, mmap_mode="c" if mapped else None)), items    # "c": the file stays as it is
 
 
 def new_array(path, shape):

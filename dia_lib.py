@@ -672,7 +672,7 @@ def whole(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:                                # a full disk does not say which file
-        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from None
+        raise error if error.filename or not error.errno else OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -770,7 +770,8 @@ def autocast(device):
 
 def shared_flags(parser, data="elpv"):
     """The flags that mean the same in every script; data: the default of --data, None for the run's own."""
-    parser.add_argument("--data", default=data, help=f"elpv, a folder, or an npz file (default: {data or 'as in training'})")
+    parser.add_argument("--data", default=data, help="elpv, another set's name, a folder, or an npz file (default: "
+                        f"{data or 'as in training'})")
     parser.add_argument("--normal-class", help="folder or label of the normal class, where it can't be told (default: none)")
     parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -807,7 +808,7 @@ def parse_training(parser, kind, quick, argv=None):
         raise SystemExit(f"{path} exists. Go on with --resume, or choose another folder with --out.")
     else:
         if first.resume:
-            print(f"note: --resume: there is no {path} yet; starting from the beginning")
+            print(f"note: --resume: there is no {path} yet; starting from the beginning, with this command's flags")
         if first.quick:
             parser.set_defaults(**quick)
     args = parser.parse_args(argv)

@@ -66,6 +66,8 @@ def arguments(argv=None):
         raise SystemExit("--validation-only: says what to append to --results FILE; give both.")
     if args.images and (args.results or args.report):
         raise SystemExit("--results and --report are about AUROCs; images of --images have no labels: leave one of them out.")
+    if args.report:
+        import report  # noqa: F401  (before the work, since it needs matplotlib)
     if not 0 < args.fpr < 1:
         raise SystemExit(f"--fpr {args.fpr}: needs a share between 0 and 1.")
     args.out = args.out or [f"runs/{data_name(args.data or 'elpv')}"]
@@ -101,8 +103,8 @@ class Run:
         Higher scores and lower p-values are more anomalous. score: one of SCORES.
         """
         size = self.settings["image_size"]
-        if images.dtype != torch.uint8 or images.shape[2:] != (size, size):
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; this run needs uint8 (n, C, {size}, {size})")
+        if images.dtype != torch.uint8 or images.shape[2:] != (size, size) or images.shape[1] not in (1, 3):
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; this run needs uint8 (n, 1 or 3, {size}, {size})")
         scores = self.parts(images)[score].numpy()
         return scores, self.p_values(scores, score)
 
@@ -117,10 +119,11 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
     s = {"jitter": 1.0, "gain": 1.0, **state["settings"]}                   # runs of earlier versions have none of these
     encoder = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
     encoder.load_state_dict(state["encoder"])
+    encoder.eval()                                                          # and stays so: threads may share it
     run = Run(out, s, state["step"], encoder, None, device, passes, batch)
     key = sha256_of(out / "dia.pt")
     run.stats = load_stats(out / "stats.pt", key, passes)
-    if run.stats is None:
+    if run.stats is None or (data and not torch.equal(run.stats["held"], digests(data.held))):
         data = data or load_data(s["data"], s["image_size"], ("train",), s["holdout"], s["normal_class"],
                                  s.get("skip_bad_images", False))
         check_data(data, s, out, s["data"])
@@ -290,7 +293,7 @@ def evaluate(out, args, device):
         append_result(Path(args.results), state, labels, parts, data.groups, metrics)
     write(out / "scores.csv", lambda file: csv.writer(file).writerows(
         [("path", "group", "label", "score", "p_value", "anomaly"),
-         *zip(data.paths, data.groups, labels, scores, *columns_of(p, args.fpr), strict=True)]))
+         *zip(data.paths, data.groups, labels, scores, *columns_of(p, args.fpr, run), strict=True)]))
     Log(out, "evaluate", math.inf)(state["step"], show=False, score=args.score, auroc=auroc, auroc_interval_95=interval,
                                    passes=args.passes)
     spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few images for an interval"
@@ -301,7 +304,10 @@ def evaluate(out, args, device):
               + f"  mean {metrics['within_group_mean']:.3f}")
     for name, floor in metrics["floors_auroc"].items():
         print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
-    if metrics["decision"]:
+    n = len(run.stats["calibration"][args.score])
+    if n and impossible(n, args.fpr):
+        print(f"  {impossible(n, args.fpr)}")
+    elif n:
         d = metrics["decision"]
         print("  at --fpr {fpr:g}, by {calibration_normals} calibration normals: ".format(**d) + "  ".join(
             f"{n.replace('_', ' ')} {d[n]:.3f} ({d[f'{n}_interval_95'][0]:.3f} to {d[f'{n}_interval_95'][1]:.3f})"
@@ -315,31 +321,44 @@ def evaluate(out, args, device):
     return metrics
 
 
-def columns_of(p, fpr):
-    """The columns p_value and anomaly (0 or 1) of p-values (n,); empty where there are none."""
-    return [["" if math.isnan(v) else f"{v:.6g}" for v in p], ["" if math.isnan(v) else int(v <= fpr) for v in p]]
+def columns_of(p, fpr, run):
+    """The columns p_value and anomaly (0 or 1) of p-values (n,); empty where there are none, or nothing can be decided."""
+    undecided = impossible(len(run.stats["calibration"]["csi"]), fpr)
+    return [["" if math.isnan(v) else f"{v:.6g}" for v in p], ["" if undecided else int(v <= fpr) for v in p]]
+
+
+def impossible(calibration, fpr):
+    """Why that many calibration images can never give a p-value of at most fpr, or None."""
+    if calibration == 0:
+        return "no decisions: no normals were held out in training (--holdout)"
+    if fpr * (calibration + 1) + 1e-9 < 1:
+        return (f"no decisions: with {calibration} calibration normals no p-value is below {1 / (calibration + 1):.3f}; --fpr "
+                f"{fpr:g} needs {math.ceil(1 / fpr - 1e-9) - 1}: train with a larger --holdout, or give a larger --fpr")
+    return None
 
 
 def score_folder(out, args, device):
     """Score all images below args.images by one run, without labels; write scores.csv, most anomalous first, and examples.png."""
-    run = load_run(out, device, args.passes, args.batch_size)
+    s = load_checkpoint(out / "dia.pt", "dia", device)["settings"]
+    data = args.data and load_data(args.data, s["image_size"], ("train",), s["holdout"], args.normal_class or s["normal_class"])
+    run = load_run(out, device, args.passes, args.batch_size, data or None)
     images, paths = load_images(args.images, run.settings["image_size"], args.skip_bad_images)
     scores = run.parts(images, "images")[args.score]
     p = run.p_values(scores.numpy(), args.score)
     order = scores.argsort(descending=True, stable=True)
     known = {**dict.fromkeys(run.stats["held"].tolist(), "held out"), **dict.fromkeys(run.stats["train"].tolist(), "training")}
     seen = [known.get(digest, "") for digest in digests(images).tolist()]
-    rows = list(zip(paths, scores.tolist(), *columns_of(p, args.fpr), seen, strict=True))
+    rows = list(zip(paths, scores.tolist(), *columns_of(p, args.fpr, run), seen, strict=True))
     folder = out / "images" / Path(args.images).resolve().name
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "scores.csv", lambda file: csv.writer(file).writerows(
         [("path", "score", "p_value", "anomaly", "seen"), *(rows[i] for i in order.tolist())]))
     examples(folder / "examples.png", images, {"highest scores": order[:4], "next": order[4:8], "lowest": order[-4:]}, run)
-    n, seen = len(run.stats["calibration"][args.score]), sum(map(bool, seen))
-    if seen:
-        print(f"note: {seen} of these images were in the training data (column `seen`): their scores are too low")
-    verdict = (f"{int((p <= args.fpr).sum())} anomalies at --fpr {args.fpr:g}, by {n} calibration normals" if n else
-               "no decisions, since no normals were held out in training (--holdout)")
+    n = len(run.stats["calibration"][args.score])
+    if "training" in seen:
+        print(f"note: {seen.count('training')} of these images were trained on (column `seen`): their scores are too low")
+    found = int((p <= args.fpr).sum())
+    verdict = impossible(n, args.fpr) or f"{found} anomalies at --fpr {args.fpr:g}, by {n} calibration normals"
     print(f"{len(paths)} images: {verdict}; wrote scores.csv and examples.png to {folder}", flush=True)
 
 
@@ -443,7 +462,7 @@ def main():
         return
     results = [evaluate(Path(out), args, device) for out in args.out]
     if args.report:
-        from report import report                           # here, since it needs matplotlib
+        from report import report
         for out in args.out:
             report(out)
     values = [r["auroc"] for r in results]

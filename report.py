@@ -15,6 +15,11 @@ from sklearn.metrics import roc_curve
 
 from dia_lib import run, whole
 
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    raise SystemExit("pictures need matplotlib: pip install matplotlib") from None
+
 
 def roc(figure, labels, scores, metrics):
     """ROC, and the middle 95% of the curves of 500 bootstrap samples of normals and of anomalies."""
@@ -74,11 +79,7 @@ def training_curves(figure, log):
 
 
 def report(out):
-    """Draw the four pictures of a run's folder; exits where matplotlib or the run's files are missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("pictures need matplotlib: pip install matplotlib") from None
+    """Draw the four pictures of a run's folder; exits where the run's files are missing."""
     out = Path(out)
     if not (out / "metrics.json").is_file() or not (out / "scores.csv").is_file():
         raise SystemExit(f"{out} has no metrics.json and scores.csv: run evaluate.py on it first.")
@@ -90,7 +91,7 @@ def report(out):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     pictures = {"roc": lambda f: roc(f, labels, scores, metrics), "scores": lambda f: score_histograms(f, labels, scores, groups),
                 "training": lambda f: training_curves(f, log)}
-    if metrics["decision"]:
+    if metrics.get("decision"):                             # runs scored by earlier versions have none
         p = np.array([float(r["p_value"]) for r in rows])
         pictures["p_values"] = lambda f: p_value_plot(f, labels, p, metrics)
     for name, draw in pictures.items():

@@ -1,17 +1,21 @@
-"""Do decisions keep their rate? Calibration and test normals of one run, dealt anew many times.
+"""Do decisions keep their rate on a run's test normals, and are these as the calibration normals?
 
     python -m study.calibration --out runs/elpv
 
-Needs what evaluate.py wrote there (stats.pt, scores.csv). Prints for several --fpr the mean share of normals called anomalies
-over the deals, beside what theory expects of that many calibration images: floor(fpr (n + 1)) / (n + 1).
+Needs what evaluate.py wrote there (stats.pt, scores.csv, metrics.json). Prints for several --fpr the share of test normals
+called anomalies, beside what theory expects of that many calibration images: floor(fpr (n + 1)) / (n + 1); the p-value of a
+Mann-Whitney test of calibration against test normals; and the mean share where both are mixed and dealt anew 20 times, which
+checks the arithmetic, not whether they are alike.
 """
 
 import argparse
 import csv
+import json
 import math
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import mannwhitneyu
 
 from dia_lib import load_checkpoint, run
 from evaluate import p_values
@@ -29,18 +33,23 @@ def deal(scores, n, fpr, deals=20, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/elpv", metavar="RUN", help="a run that is scored already (default: runs/elpv)")
-    parser.add_argument("--score", default="local", help="that evaluate.py ranked by (default: local)")
     args = parser.parse_args()
     out = Path(args.out)
-    calibration = load_checkpoint(out / "stats.pt", "stats", "cpu")["calibration"][args.score].numpy()
+    stats, metrics = load_checkpoint(out / "stats.pt", "stats", "cpu"), json.loads((out / "metrics.json").read_text())
+    if stats["settings"]["passes"] != metrics["passes"]:
+        raise SystemExit(f"{out}: stats.pt is of {stats['settings']['passes']} passes, metrics.json of {metrics['passes']}: run "
+                         "evaluate.py again.")
+    calibration = stats["calibration"][metrics["score"]].numpy()
     with open(out / "scores.csv", newline="") as file:
         normals = np.array([float(row["score"]) for row in csv.DictReader(file) if row["label"] == "0"])
     n = len(calibration)
-    print(f"{out}, {args.score}: {n} calibration and {len(normals)} test normals, 20 deals")
+    print(f"{out}, {metrics['score']}: {n} calibration and {len(normals)} test normals; do they differ? p = "
+          f"{mannwhitneyu(calibration, normals).pvalue:.3f}")
     for fpr in (0.02, 0.05, 0.1, 0.2):
         as_dealt, rates = (p_values(calibration, normals) <= fpr).mean(), deal(np.concatenate([calibration, normals]), n, fpr)
-        print(f"fpr {fpr:.2f}: expected {math.floor(fpr * (n + 1) + 1e-9) / (n + 1):.3f}, mean {rates.mean():.3f} "
-              f"({rates.min():.3f} to {rates.max():.3f}); as held out in training {as_dealt:.3f}")
+        expected = math.floor(fpr * (n + 1) + 1e-9) / (n + 1)
+        print(f"fpr {fpr:.2f}: expected {expected:.3f}, as held out in training {as_dealt:.3f}; "
+              f"20 deals {rates.mean():.3f} ({rates.min():.3f} to {rates.max():.3f})")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def main():
     for out in args.out:
         state = load_checkpoint(Path(out) / "dia.pt", "dia", device)
         s = {"jitter": 1.0, **state["settings"]}
-        data = load_data(s["data"], s["image_size"], ("train",), s["holdout"], s["normal_class"])
+        data = load_data(s["data"], s["image_size"], ("train",), s["holdout"], s["normal_class"],
+                         s.get("skip_bad_images", False))
         if not data.fingerprint == s["fingerprint"] == stage1["settings"]["fingerprint"]:
             raise SystemExit(f"{out} and {args.diffusion} were not trained on the same images as --data {s['data']} has now.")
         encoder = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)

@@ -20,8 +20,10 @@ HERE, README = Path(__file__).parent, Path(__file__).parent.parent / "README.md"
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)", "none, as long": "CSI for as many seconds"}
 PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"), ("resize", "none"), ("residual", "copy")]
 USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run of the study has
-SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps, twin_weight=1000.0"    # the settings of the plots
+SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"           # the settings of the plots
 AS_LONG = {SHOWN: "620 steps"}          # CSI with as many seconds as DIA at that setting, not as many steps
+USED_BY = {"twin_weight": {*MODES} - {"none"}, "dissolve_size": {*MODES} - {"none", "copy"}, "gain": {"residual"},
+           "t_range": {"diffusion", "residual"}}                                    # flags that do nothing in other modes
 SEEDS = (0, 1, 2)                       # for reporting; choices are made with others
 
 
@@ -38,7 +40,7 @@ def as_run(setting, mode):
     """The setting that runs of a mode have where the others have `setting`: some have no twin to weigh, or no dissolve_size."""
     if mode == "none, as long":
         return AS_LONG.get(setting, "")
-    idle = {"none": "twin_weight|dissolve_size", "copy": "dissolve_size"}.get(mode)
+    idle = "|".join(flag for flag, modes in USED_BY.items() if mode not in modes)
     return re.sub(f", ({idle})=[^,]*", "", setting) if idle else setting
 
 
@@ -148,7 +150,8 @@ def comparisons(rows, scores, setting):
                 gap, low, high = paired_bootstrap(scores["labels"], *sides)
                 cells.append(f"{gap:+.3f} ({low:+.3f} to {high:+.3f})")
         if cells:
-            table.append([f"{first} - {second}", ", ".join(map(str, seeds)), *cells])
+            seeds = ", ".join(map(str, seeds)) + (" (images only)" if len(seeds) == 1 else "")
+            table.append([f"{first} - {second}", seeds, *cells])
     return markdown(["difference of AUROC, 95% interval", "seeds", *(f"`{s}`" for s in SCORES)], table)
 
 
@@ -210,7 +213,8 @@ def plot_curves(path, rows, setting):
                     run = sorted((r[x], r["auroc"]) for r in rows if r["auroc"] is not None and r["seed"] == seed
                                  and (r["dissolve"], r["setting"], r["score"]) == (mode, as_run(setting, mode), score))
                     if run:
-                        axes.plot(*zip(*run, strict=True), ".-", color=f"C{MODES.index(mode)}", label=mode)
+                        name = mode if seed == SEEDS[0] else None
+                        axes.plot(*zip(*run, strict=True), ".-", color=f"C{MODES.index(mode)}", label=name)
             axes.set(title=f"score: {score}", xlabel=x)
     figure.axes[0].legend()
     figure.axes[0].set_ylabel("AUROC on the test set")

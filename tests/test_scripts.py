@@ -56,7 +56,7 @@ def test_chain_writes_what_the_readme_says(chain, folder, capsys):
     low, high = metrics["auroc_interval_95"]
     assert low <= metrics["auroc"] <= high and len(metrics["floors_auroc"]) == 3 and set(metrics["parts_auroc"]) == {
         "csi", "con", "cls", "cos", "norm", "local"}
-    wrong = [int(r["anomaly"]) for r in rows if r["label"] == "0"]
+    wrong = [float(r["p_value"]) <= 0.05 for r in rows if r["label"] == "0"]
     assert metrics["decision"]["false_positive_rate"] == np.mean(wrong) and metrics["decision"]["calibration_normals"] > 2
     log = [json.loads(line) for line in (chain / "log.jsonl").read_text().splitlines()]
     assert {"held_t0-29", "held_t30-129", "loss"} <= log[0].keys() and log[0]["zero"] == 0.798

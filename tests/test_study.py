@@ -88,9 +88,24 @@ def test_comparison_takes_the_seeds_of_both_sides(tables):
     rng, labels = np.random.default_rng(0), np.array([0] * 30 + [1] * 50)
     scores = {"labels": labels} | {results.key(r): rng.normal(size=80) for r in tables}
     line = results.comparisons(tables, scores, "400 steps").splitlines()[2]
-    assert line.startswith("| diffusion - none | 1 | ")
+    assert line.startswith("| diffusion - none | 1 (images only) | ")
     a, b = (scores[results.key(tables[i])] for i in (1, 3))
     assert f"{roc_auc_score(labels, a) - roc_auc_score(labels, b):+.3f} (" in line
+
+
+def test_baselines_stand_beside_settings_that_they_do_not_have():
+    full = "400 steps, t_range=100-200, dissolve_size=64, gain=4.0, twin_weight=1000.0"
+    assert results.as_run(full, "none") == "400 steps" and results.as_run(full, "copy") == "400 steps, twin_weight=1000.0"
+    assert results.as_run(full, "resize") == "400 steps, dissolve_size=64, twin_weight=1000.0"
+    assert results.as_run(full, "residual") == full and results.as_run(full, "diffusion") == full.replace(", gain=4.0", "")
+    assert results.as_run(results.SHOWN, "none, as long") == "620 steps" and results.as_run("7 steps", "none, as long") == ""
+
+
+def test_csi_for_as_many_seconds_has_a_line_of_its_own(tables, monkeypatch):
+    monkeypatch.setitem(results.AS_LONG, "400 steps", "620 steps")
+    longer = [{**r, "setting": "620 steps", "auroc": 0.9} for r in tables if r["dissolve"] == "none" and r["seed"] == 1]
+    table = results.contrast(tables + longer, "400 steps")
+    assert "| CSI (`none`) | 1 | **0.700** (0.700)" in table and "| CSI for as many seconds | 1 | **0.900** (0.900)" in table
 
 
 def test_readme_is_in_step_with_the_results():
@@ -105,7 +120,8 @@ def test_plots_and_similarities(tables, tmp_path):
     pytest.importorskip("matplotlib")
     results.plot_contrast(tmp_path / "contrast.png", tables, "400 steps")
     results.plot_sensitivity(tmp_path / "sensitivity.png", probes, "csi")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("contrast", "sensitivity"))
+    results.plot_curves(tmp_path / "curves.png", tables, "400 steps")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("contrast", "curves", "sensitivity"))
 
 
 def test_spots_are_one_dark_disc_inside_the_image():
