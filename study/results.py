@@ -198,6 +198,7 @@ def plot_contrast(path, rows, setting):
             axes.plot([i] * len(values), values, "o", color=f"C{MODES.index(mode)}", alpha=0.7)
             axes.plot([i - 0.3, i + 0.3], [statistics.fmean(values)] * 2, color=f"C{MODES.index(mode)}")
         axes.set(title=f"score: {score}", xticks=range(len(modes)), xticklabels=modes)
+        axes.tick_params(axis="x", rotation=30)
     figure.axes[0].set_ylabel("AUROC on the test set")
     figure.savefig(path, dpi=110)
 
@@ -279,9 +280,10 @@ def main():
         return
     rows, pictures = read(HERE / "results.csv"), README.parent / "pictures"
     plot_contrast(pictures / "contrast.png", rows, SHOWN)
-    plot_curves(pictures / "curves.png", rows, LONGER)
+    if any(r["setting"] == LONGER and not r["last"] and r["auroc"] is not None for r in rows):
+        plot_curves(pictures / "curves.png", rows, LONGER)
     plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv"), "local")
-    print(f"drew contrast.png, curves.png and sensitivity.png in {pictures}")
+    print(f"drew the plots in {pictures}")
 
 
 if __name__ == "__main__":
