@@ -194,6 +194,12 @@ def test_wrong_npz(tmp_path):
         assert "not a readable npz" in message or "no train_labels" in message
 
 
+def test_a_small_file_that_unpacks_to_much_is_refused_unread(tmp_path):
+    (tmp_path / "zeros.npz").write_bytes(dict(mutate.bombs())["zeros.npz"])
+    with pytest.raises(SystemExit, match="would unpack from"):
+        load_data(tmp_path / "zeros.npz", normal_class=0)
+
+
 def test_mutated_files_and_bombs_are_read_or_refused_with_one_sentence(tmp_path):
     assert mutate.hunt(tmp_path, 200) == []
 

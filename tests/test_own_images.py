@@ -115,7 +115,10 @@ def test_own_images_are_scored_without_the_training_data(chain, scans, folder, t
     run = evaluate.load_run(out, passes=2)
     images, paths = load_images(scans, run.settings["image_size"])
     scores, p = run.score(images)
-    by_path = {r["path"]: r for r in rows}
+    by_path, data = {r["path"]: r for r in rows}, load_data(str(folder), 40, ("train",), 0.3)
+    calibration = run.score(data.held[data.calibration])[0]                             # no other held-out image serves for it
+    assert 0 < len(calibration) < len(data.held)
+    assert np.allclose(calibration, run.stats["calibration"]["local"], atol=0.02)
     assert np.allclose(scores, [float(by_path[path]["score"]) for path in paths], atol=1e-4)
     assert np.allclose(p, [float(by_path[path]["p_value"]) for path in paths], atol=1e-5)
     images, paths = load_images(folder / "test", 40)
