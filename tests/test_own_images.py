@@ -56,7 +56,7 @@ def test_decisions_have_exact_intervals():
 def test_deals_keep_the_rate(chain, capsys):  # noqa: F811
     scores = np.random.default_rng(0).gamma(2, size=436)
     for fpr, expected in ((0.05, 3 / 60), (0.2, 12 / 60), (0.01, 0)):
-        assert abs(calibration.deal(scores, 59, fpr, 200).mean() - expected) < 0.01
+        assert abs(calibration.deal(scores, 59, fpr, 400).mean() - expected) < 0.01
     assert call(calibration, "--out", chain) is None
     assert "do they differ? p = " in capsys.readouterr().out
 
