@@ -97,10 +97,10 @@ def ends(out, kind):
 @pytest.mark.parametrize("script, kind", [("train_diffusion", "diffusion"), ("train_dia", "dia")])
 def test_ten_kills_at_random_moments_change_nothing(script, kind, folder, tmp_path, fork):
     """SIGKILL at ten moments of runs that are started again with --resume: the ends are those of one never stopped."""
-    argv = ["--data", folder, *(STAGE1 if kind == "diffusion" else STAGE2), "--steps", 8, "--resume"]
+    argv = ["--data", folder, *(STAGE1 if kind == "diffusion" else STAGE2), "--steps", 4, "--resume"]
     if kind == "dia":
         assert fork("train_diffusion", "--data", folder, "--out", tmp_path / "stage1", *STAGE1)[0] == 0
-        argv += ["--diffusion", tmp_path / "stage1/diffusion.pt", "--every", 3]
+        argv += ["--diffusion", tmp_path / "stage1/diffusion.pt", "--every", 2]
     code, output, seconds = fork(script, *argv, "--out", tmp_path / "never")
     assert code == 0, output
     weights, log = ends(tmp_path / "never", kind)
