@@ -1,6 +1,6 @@
 """The images of DIA: data sets by name, folders and npz files, decoded once into uint8 arrays.
 
-`load_data` is what the scripts use; `dia_lib` offers it and the names beside it again. Where the data are not as expected,
+`load_data` is what the scripts use; `dia_lib` offers it and `Data` again. Where the data are not as expected,
 the program ends with a sentence that says what was found and what is needed (SystemExit).
 """
 
@@ -169,8 +169,8 @@ def load_images(folder, size, skip_bad=False):
     if other:
         print(f"note: {other} other files below {folder} are left out; images are {', '.join(sorted(SUFFIXES))}")
     items = [Item(f.relative_to(root).as_posix(), 0, "", f) for f in files]
-    with tempfile.TemporaryDirectory(prefix="dia-") as folder:
-        pixels, items = _pixels(items, size, skip_bad, folder)
+    with tempfile.TemporaryDirectory(prefix="dia-") as scratch:
+        pixels, items = _pixels(items, size, skip_bad, scratch)
     return pixels, [i.name for i in items]
 
 

@@ -163,16 +163,21 @@ def p_values(calibration, scores):
     return (1 + len(calibration) - below) / (len(calibration) + 1)
 
 
+def expected_rate(fpr, calibration):
+    """False-positive rate of deciding by p <= fpr with n calibration images, in the mean over draws of these and of test images:
+    floor(fpr (n + 1)) / (n + 1)."""
+    return math.floor(fpr * (calibration + 1) + 1e-9) / (calibration + 1)           # 0.05 * 60 is 3, not 2.9999
+
+
 def decisions(p, labels, fpr, calibration):
     """What deciding by p <= fpr does on labelled images: rates with exact (Clopper-Pearson) 95% intervals; None without any p.
 
-    p, labels: (n,) arrays; calibration: the number of calibration images. "expected_false_positive_rate" is what it is in the
-    mean over draws of calibration and test images: floor(fpr (n + 1)) / (n + 1).
+    p, labels: (n,) arrays; calibration: the number of calibration images.
     """
     if not calibration:
         return None
     result = {"fpr": fpr, "calibration_normals": calibration,
-              "expected_false_positive_rate": math.floor(fpr * (calibration + 1) + 1e-9) / (calibration + 1)}
+              "expected_false_positive_rate": expected_rate(fpr, calibration)}
     for name, label in (("false_positive_rate", 0), ("sensitivity", 1)):
         found, n = int((p[labels == label] <= fpr).sum()), int((labels == label).sum())
         result |= {name: found / n, f"{name}_interval_95": [float(v) for v in binomtest(found, n).proportion_ci(method="exact")]}
@@ -275,7 +280,7 @@ def evaluate(out, args, device):
     untrained = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
     parts = run.parts(data.test, "test images")
     scores = parts[args.score].numpy()
-    p = run.p_values(scores, args.score)
+    p, n = run.p_values(scores, args.score), len(run.stats["calibration"][args.score])
 
     auroc, interval = auroc_interval(labels, scores)
     groups = within_groups(labels, scores, data.groups)
@@ -285,7 +290,7 @@ def evaluate(out, args, device):
         "parts_auroc": {n: float(roc_auc_score(labels, part.numpy())) for n, part in parts.items()},
         "within_group_auroc": groups, "within_group_mean": statistics.fmean(groups.values()) if groups else None,
         "floors_auroc": floors(data, untrained, s["shift"], s["jitter"], args.score, device, args.batch_size),
-        "decision": decisions(p, labels, args.fpr, len(run.stats["calibration"][args.score])),
+        "decision": decisions(p, labels, args.fpr, n),
         "normals": int((labels == 0).sum()), "anomalies": int(labels.sum()), "passes": args.passes, "step": state["step"],
         "settings": s, "seconds": round(time.perf_counter() - begun, 1)}
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
@@ -293,7 +298,7 @@ def evaluate(out, args, device):
         append_result(Path(args.results), state, labels, parts, data.groups, metrics)
     write(out / "scores.csv", lambda file: csv.writer(file).writerows(
         [("path", "group", "label", "score", "p_value", "anomaly"),
-         *zip(data.paths, data.groups, labels, scores, *columns_of(p, args.fpr, run), strict=True)]))
+         *zip(data.paths, data.groups, labels, scores, *columns_of(p, args.fpr, n), strict=True)]))
     Log(out, "evaluate", math.inf)(state["step"], show=False, score=args.score, auroc=auroc, auroc_interval_95=interval,
                                    passes=args.passes)
     spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few images for an interval"
@@ -304,7 +309,6 @@ def evaluate(out, args, device):
               + f"  mean {metrics['within_group_mean']:.3f}")
     for name, floor in metrics["floors_auroc"].items():
         print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
-    n = len(run.stats["calibration"][args.score])
     if n and impossible(n, args.fpr):
         print(f"  {impossible(n, args.fpr)}")
     elif n:
@@ -321,9 +325,10 @@ def evaluate(out, args, device):
     return metrics
 
 
-def columns_of(p, fpr, run):
-    """The columns p_value and anomaly (0 or 1) of p-values (n,); empty where there are none, or nothing can be decided."""
-    undecided = impossible(len(run.stats["calibration"]["csi"]), fpr)
+def columns_of(p, fpr, calibration):
+    """The columns p_value and anomaly (0 or 1) of p-values (n,), by so many calibration images; empty where there are none, or
+    nothing can be decided."""
+    undecided = impossible(calibration, fpr)
     return [["" if math.isnan(v) else f"{v:.6g}" for v in p], ["" if undecided else int(v <= fpr) for v in p]]
 
 
@@ -331,7 +336,7 @@ def impossible(calibration, fpr):
     """Why that many calibration images can never give a p-value of at most fpr, or None."""
     if calibration == 0:
         return "no decisions: no normals were held out in training (--holdout)"
-    if fpr * (calibration + 1) + 1e-9 < 1:
+    if expected_rate(fpr, calibration) == 0:
         return (f"no decisions: with {calibration} calibration normals no p-value is below {1 / (calibration + 1):.3f}; --fpr "
                 f"{fpr:g} needs {math.ceil(1 / fpr - 1e-9) - 1}: train with a larger --holdout, or give a larger --fpr")
     return None
@@ -344,17 +349,16 @@ def score_folder(out, args, device):
     run = load_run(out, device, args.passes, args.batch_size, data or None)
     images, paths = load_images(args.images, run.settings["image_size"], args.skip_bad_images)
     scores = run.parts(images, "images")[args.score]
-    p = run.p_values(scores.numpy(), args.score)
+    p, n = run.p_values(scores.numpy(), args.score), len(run.stats["calibration"][args.score])
     order = scores.argsort(descending=True, stable=True)
     known = {**dict.fromkeys(run.stats["held"].tolist(), "held out"), **dict.fromkeys(run.stats["train"].tolist(), "training")}
     seen = [known.get(digest, "") for digest in digests(images).tolist()]
-    rows = list(zip(paths, scores.tolist(), *columns_of(p, args.fpr, run), seen, strict=True))
+    rows = list(zip(paths, scores.tolist(), *columns_of(p, args.fpr, n), seen, strict=True))
     folder = out / "images" / Path(args.images).resolve().name
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "scores.csv", lambda file: csv.writer(file).writerows(
         [("path", "score", "p_value", "anomaly", "seen"), *(rows[i] for i in order.tolist())]))
     examples(folder / "examples.png", images, {"highest scores": order[:4], "next": order[4:8], "lowest": order[-4:]}, run)
-    n = len(run.stats["calibration"][args.score])
     if "training" in seen:
         print(f"note: {seen.count('training')} of these images were trained on (column `seen`): their scores are too low")
     found = int((p <= args.fpr).sum())

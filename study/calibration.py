@@ -11,14 +11,13 @@ checks the arithmetic, not whether they are alike, and shows how far one draw of
 import argparse
 import csv
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import mannwhitneyu
 
 from dia_lib import load_checkpoint, run
-from evaluate import p_values
+from evaluate import expected_rate, p_values
 
 
 def deal(scores, n, fpr, deals=2000, seed=0):
@@ -47,8 +46,7 @@ def main():
           f"{mannwhitneyu(calibration, normals).pvalue:.3f}")
     for fpr in (0.02, 0.05, 0.1, 0.2):
         as_dealt, rates = (p_values(calibration, normals) <= fpr).mean(), deal(np.concatenate([calibration, normals]), n, fpr)
-        expected = math.floor(fpr * (n + 1) + 1e-9) / (n + 1)
-        print(f"fpr {fpr:.2f}: expected {expected:.3f}, as held out in training {as_dealt:.3f}; "
+        print(f"fpr {fpr:.2f}: expected {expected_rate(fpr, n):.3f}, as held out in training {as_dealt:.3f}; "
               f"2,000 deals {rates.mean():.4f} (95% of them {np.quantile(rates, 0.025):.3f} to {np.quantile(rates, 0.975):.3f})")
 
 

@@ -36,6 +36,21 @@ def call(module, *args):
         sys.argv = argv
 
 
+def flat(value, prefix=""):
+    """Nested dicts and lists as one dict, {"/encoder/conv1.weight": value, ...}."""
+    if isinstance(value, dict):
+        return {k2: v2 for k, v in value.items() for k2, v2 in flat(v, f"{prefix}/{k}").items()}
+    if isinstance(value, list):
+        return flat(dict(enumerate(value)), prefix)
+    return {prefix: value}
+
+
+def log_of(out):
+    """The rows of a run's log without seconds."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
 @pytest.fixture(scope="module")
 def chain(folder, tmp_path_factory):
     """One tiny run of all stages on the folder of tiles."""
@@ -201,22 +216,13 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, extra, chain, fol
     whole = tmp_path / "whole"
     assert call(module, *[whole if a == out else a for a in extra]) is None
 
-    def flat(value, prefix=""):
-        if isinstance(value, dict):
-            return {k2: v2 for k, v in value.items() for k2, v2 in flat(v, f"{prefix}/{k}").items()}
-        if isinstance(value, list):
-            return flat(dict(enumerate(value)), prefix)
-        return {prefix: value}
-
     a, b = (flat(torch.load(o / f"{kind}.pt", weights_only=True)) for o in (out, whole))
     if kind == "dia":
         assert 0 < a.pop("/seconds") and 0 < b.pop("/seconds")                  # the only thing that may differ
     assert a.keys() == b.keys() and any("momentum" in k or "exp_avg" in k for k in a)
     for k in a:
         assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
-    logs = [[{k: v for k, v in json.loads(r).items() if k != "seconds"} for r in (o / "log.jsonl").read_text().splitlines()]
-            for o in (out, whole)]
-    assert logs[0] == logs[1]
+    assert log_of(out) == log_of(whole)
 
 
 def test_bank_is_used_made_once_and_made_again_where_it_is_lost(chain, folder, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from test_scripts import ROOT, STAGE1, STAGE2, call
+from test_scripts import ROOT, STAGE1, STAGE2, call, flat, log_of
 
 import dia_lib
 import train_diffusion
@@ -81,17 +81,8 @@ def fork(tmp_path_factory):
 
 def ends(out, kind):
     """All tensors of a finished run by name, and its log without seconds."""
-    def flat(value, name=""):
-        if isinstance(value, dict):
-            return {k: v for key, part in value.items() for k, v in flat(part, f"{name}/{key}").items()}
-        if isinstance(value, list):
-            return flat(dict(enumerate(value)), name)
-        return {name: value}
-
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     state = flat(torch.load(out / f"{kind}.pt", weights_only=True))
-    return ({k: v for k, v in state.items() if k != "/seconds" and "/settings" not in k},
-            [{k: v for k, v in row.items() if k != "seconds"} for row in log])
+    return {k: v for k, v in state.items() if k != "/seconds" and "/settings" not in k}, log_of(out)
 
 
 @pytest.mark.parametrize("script, kind", [("train_diffusion", "diffusion"), ("train_dia", "dia")])
