@@ -275,7 +275,8 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         if start == args.steps:
-            raise SystemExit(f"{args.out}/dia.pt has all its {args.steps} steps already; nothing to do.")
+            print(f"stage 2 done: {args.out}/dia.pt has all its {args.steps} steps already")
+            return
     forward = torch.compile(encoder) if compiled else encoder
     unet = torch.compile(unet) if compiled and unet is not None else unet
     args.out.mkdir(parents=True, exist_ok=True)

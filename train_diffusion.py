@@ -129,7 +129,8 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         if start == args.steps:
-            raise SystemExit(f"{args.out}/diffusion.pt has all its {args.steps} steps already; nothing to do.")
+            print(f"stage 1 done: {args.out}/diffusion.pt has all its {args.steps} steps already")
+            return
     forward = torch.compile(unet) if compiled else unet
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out, "diffusion", start)

@@ -1,5 +1,7 @@
-"""Shared by the tests: a cache of their own, and a small folder of real-looking images with a known structure."""
+"""Shared by the tests: a cache of their own, a small folder of real-looking images with a known structure, one run on it."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,7 +9,41 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import dia_lib
+import evaluate
+import train_dia
+import train_diffusion
+
+ROOT = Path(__file__).parent.parent
+STAGE1 = ["--steps", "4", "--batch-size", "8", "--dim", "8", "--lr", "1e-3", "--holdout", "0.3"]
+STAGE2 = ["--steps", "4", "--batch-size", "4", "--image-size", "40", "--optimizer", "adamw", "--lr", "1e-3", "--holdout", "0.3"]
+
+
+def call(module, *args):
+    """Run a script's main() as `python script args` would; returns None, or the sentence it ended with."""
+    argv, sys.argv = sys.argv, [module.__name__, *map(str, args)]
+    try:
+        dia_lib.run(module.main)
+    except SystemExit as stop:
+        assert stop.code not in (0, None)
+        return stop.code
+    finally:
+        sys.argv = argv
+
+
+def flat(value, prefix=""):
+    """Nested dicts and lists as one dict, {"/encoder/conv1.weight": value, ...}."""
+    if isinstance(value, dict):
+        return {k2: v2 for k, v in value.items() for k2, v2 in flat(v, f"{prefix}/{k}").items()}
+    if isinstance(value, list):
+        return flat(dict(enumerate(value)), prefix)
+    return {prefix: value}
+
+
+def log_of(out):
+    """The rows of a run's log without seconds."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def texture(rng, size, defect=False):
@@ -38,3 +74,18 @@ def folder(tmp_path_factory):
         for i in range(count):
             Image.fromarray(texture(rng, 40, defect)).save(root / name / f"{i:03d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def chain(folder, tmp_path_factory):
+    """One tiny run of all stages on the folder of tiles, for all tests to read; `own_chain` is a copy to change."""
+    out = tmp_path_factory.mktemp("chain") / "run"
+    assert call(train_diffusion, "--data", folder, "--out", out, *STAGE1) is None
+    assert call(train_dia, "--data", folder, "--out", out, *STAGE2) is None
+    assert call(evaluate, "--out", out, "--passes", 2) is None
+    return out
+
+
+@pytest.fixture
+def own_chain(chain, tmp_path):
+    return shutil.copytree(chain, tmp_path / "chain")

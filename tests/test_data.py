@@ -2,6 +2,7 @@
 
 import os
 
+import mutate
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,6 @@ from conftest import texture
 from PIL import Image
 
 import dia_data
-import mutate
 from dia_data import _folder_items, _hash, load_data
 from dia_lib import to_float
 

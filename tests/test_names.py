@@ -6,10 +6,9 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import texture
+from conftest import STAGE1, call, texture
 from PIL import Image
 from test_data import medmnist
-from test_scripts import STAGE1, call
 
 import dia_data
 import train_diffusion

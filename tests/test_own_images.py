@@ -3,16 +3,14 @@
 import csv
 import math
 import os
-import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import texture
+from conftest import STAGE1, call, texture
 from PIL import Image
 from scipy.stats import beta, kstest
-from test_scripts import STAGE1, call, chain  # noqa: F401  (chain is a fixture)
 
 import dia_data
 import evaluate
@@ -53,7 +51,7 @@ def test_decisions_have_exact_intervals():
     assert evaluate.decisions(p, labels, 0.1, 0) is None
 
 
-def test_deals_keep_the_rate(chain, capsys):  # noqa: F811
+def test_deals_keep_the_rate(chain, capsys):
     scores = np.random.default_rng(0).gamma(2, size=436)
     for fpr, expected in ((0.05, 3 / 60), (0.2, 12 / 60), (0.01, 0)):
         assert abs(calibration.deal(scores, 59, fpr, 400).mean() - expected) < 0.01
@@ -61,18 +59,17 @@ def test_deals_keep_the_rate(chain, capsys):  # noqa: F811
     assert "do they differ? p = " in capsys.readouterr().out
 
 
-def test_report_draws_four_pictures_or_says_what_is_missing(chain, tmp_path, capsys, monkeypatch):  # noqa: F811
-    out = shutil.copytree(chain, tmp_path / "run")
+def test_report_draws_four_pictures_or_says_what_is_missing(own_chain, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "matplotlib.figure", None)
         m.delitem(sys.modules, "report", raising=False)
-        assert "pip install matplotlib" in call(evaluate, "--out", out, "--report")
+        assert "pip install matplotlib" in call(evaluate, "--out", own_chain, "--report")
     pytest.importorskip("matplotlib")
     import report
     assert "run evaluate.py on it first" in call(report, "--out", tmp_path)
-    assert call(evaluate, "--out", out, "--passes", 2, "--report") is None
+    assert call(evaluate, "--out", own_chain, "--passes", 2, "--report") is None
     assert "drew roc.png, scores.png, training.png, p_values.png" in capsys.readouterr().out
-    assert all((out / f"{name}.png").stat().st_size > 5000 for name in ("roc", "scores", "training", "p_values"))
+    assert all((own_chain / f"{name}.png").stat().st_size > 5000 for name in ("roc", "scores", "training", "p_values"))
 
 
 @pytest.fixture
@@ -90,29 +87,28 @@ def scans(folder, tmp_path):
     return root
 
 
-def test_own_images_are_scored_without_the_training_data(chain, scans, folder, tmp_path, capsys):  # noqa: F811
-    out = shutil.copytree(chain, tmp_path / "run")
+def test_own_images_are_scored_without_the_training_data(chain, own_chain, scans, folder, capsys):
     away = folder.rename(folder.with_name("away"))                                      # the data are gone
     try:
-        assert call(evaluate, "--out", out, "--images", scans, "--passes", 2) is None
+        assert call(evaluate, "--out", own_chain, "--images", scans, "--passes", 2) is None
         assert "5 images: no decisions: with" in capsys.readouterr().out                # four calibration images are too few
-        assert {r["anomaly"] for r in csv.DictReader((out / "images/scans/scores.csv").open())} == {""}
-        assert call(evaluate, "--out", out, "--images", scans, "--passes", 2, "--fpr", 0.4) is None
+        assert {r["anomaly"] for r in csv.DictReader((own_chain / "images/scans/scores.csv").open())} == {""}
+        assert call(evaluate, "--out", own_chain, "--images", scans, "--passes", 2, "--fpr", 0.4) is None
     finally:
         away.rename(folder)
     printed = capsys.readouterr().out
-    rows = list(csv.DictReader((out / "images/scans/scores.csv").open()))
+    rows = list(csv.DictReader((own_chain / "images/scans/scores.csv").open()))
     assert "note: 1 other files" in printed and "note: 1 of these images were trained on" in printed
-    assert printed.splitlines()[-1].startswith("5 images: ") and str(out / "images/scans") in printed
+    assert printed.splitlines()[-1].startswith("5 images: ") and str(own_chain / "images/scans") in printed
     assert list(rows[0]) == ["path", "score", "p_value", "anomaly", "seen"]
     assert {r["path"] for r in rows} == {"a.jpg", "ward/line.bmp", "ward/b/line.png", "known.png", "held.png"}
     assert [float(r["score"]) for r in rows] == sorted((float(r["score"]) for r in rows), reverse=True)
     assert {r["path"]: r["seen"] for r in rows if r["seen"]} == {"known.png": "training", "held.png": "held out"}
     assert all(int(r["anomaly"]) == (float(r["p_value"]) <= 0.4) for r in rows)
-    assert np.asarray(Image.open(out / "images/scans/examples.png")).std() > 10
+    assert np.asarray(Image.open(own_chain / "images/scans/examples.png")).std() > 10
 
     # The same from Python, and the same as the test set's scores where they are the same images.
-    run = evaluate.load_run(out, passes=2)
+    run = evaluate.load_run(own_chain, passes=2)
     images, paths = load_images(scans, run.settings["image_size"])
     scores, p = run.score(images)
     by_path, data = {r["path"]: r for r in rows}, load_data(str(folder), 40, ("train",), 0.3)
@@ -136,7 +132,7 @@ def test_own_images_are_scored_without_the_training_data(chain, scans, folder, t
     (["--images", "nowhere"], "no such folder"), (["--images", "."], "no image below it"),
     (["--images", "scans", "--results", "x.csv"], "have no labels"), (["--images", "scans", "--report"], "have no labels"),
     (["--fpr", "1"], "between 0 and 1")])
-def test_what_is_asked_wrongly_is_said(words, sentence, chain, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_asked_wrongly_is_said(words, sentence, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sentence in call(evaluate, "--out", chain, "--passes", 2, *words)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, STAGE1, STAGE2, call, flat, log_of
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from test_data import medmnist
@@ -19,72 +20,31 @@ import evaluate
 import train_dia
 import train_diffusion
 
-ROOT = Path(__file__).parent.parent
-STAGE1 = ["--steps", "4", "--batch-size", "8", "--dim", "8", "--lr", "1e-3", "--holdout", "0.3"]
-STAGE2 = ["--steps", "4", "--batch-size", "4", "--image-size", "40", "--optimizer", "adamw", "--lr", "1e-3", "--holdout", "0.3"]
 
-
-def call(module, *args):
-    """Run a script's main() as `python script args` would; returns None, or the sentence it ended with."""
-    argv, sys.argv = sys.argv, [module.__name__, *map(str, args)]
-    try:
-        dia_lib.run(module.main)
-    except SystemExit as stop:
-        assert stop.code not in (0, None)
-        return stop.code
-    finally:
-        sys.argv = argv
-
-
-def flat(value, prefix=""):
-    """Nested dicts and lists as one dict, {"/encoder/conv1.weight": value, ...}."""
-    if isinstance(value, dict):
-        return {k2: v2 for k, v in value.items() for k2, v2 in flat(v, f"{prefix}/{k}").items()}
-    if isinstance(value, list):
-        return flat(dict(enumerate(value)), prefix)
-    return {prefix: value}
-
-
-def log_of(out):
-    """The rows of a run's log without seconds."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-@pytest.fixture(scope="module")
-def chain(folder, tmp_path_factory):
-    """One tiny run of all stages on the folder of tiles."""
-    out = tmp_path_factory.mktemp("chain") / "run"
-    assert call(train_diffusion, "--data", folder, "--out", out, *STAGE1) is None
-    assert call(train_dia, "--data", folder, "--out", out, *STAGE2) is None
-    assert call(evaluate, "--out", out, "--passes", 2) is None
-    return out
-
-
-def test_chain_writes_what_the_readme_says(chain, folder, capsys):
-    assert {p.name for p in chain.iterdir()} == {"diffusion.pt", "dia.pt", "dissolving.png", "log.jsonl", "scores.csv",
+def test_chain_writes_what_the_readme_says(own_chain, folder, capsys):
+    assert {p.name for p in own_chain.iterdir()} == {"diffusion.pt", "dia.pt", "dissolving.png", "log.jsonl", "scores.csv",
                                                  "metrics.json", "examples.png", "stats.pt"}
-    rows = list(csv.DictReader((chain / "scores.csv").open()))
+    rows = list(csv.DictReader((own_chain / "scores.csv").open()))
     assert len(rows) == 30 and list(rows[0]) == ["path", "group", "label", "score", "p_value", "anomaly"]
-    metrics = json.loads((chain / "metrics.json").read_text())
+    metrics = json.loads((own_chain / "metrics.json").read_text())
     assert metrics["auroc"] == pytest.approx(roc_auc_score([int(r["label"]) for r in rows], [float(r["score"]) for r in rows]))
     low, high = metrics["auroc_interval_95"]
     assert low <= metrics["auroc"] <= high and len(metrics["floors_auroc"]) == 3 and set(metrics["parts_auroc"]) == {
         "csi", "con", "cls", "cos", "norm", "local"}
     wrong = [float(r["p_value"]) <= 0.05 for r in rows if r["label"] == "0"]
     assert metrics["decision"]["false_positive_rate"] == np.mean(wrong) and metrics["decision"]["calibration_normals"] > 2
-    log = [json.loads(line) for line in (chain / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (own_chain / "log.jsonl").read_text().splitlines()]
     assert {"held_t0-29", "held_t30-129", "loss"} <= log[0].keys() and log[0]["zero"] == 0.798
     last = [r for r in log if r["stage"] == "dia"][-1]
     assert {"shift_acc", "shift_acc_held", "sim_positive", "sim_twin", "sim_other", "val_auroc", "lr"} <= last.keys()
     assert 0 <= last["val_auroc"] <= 1
     for picture in ("dissolving.png", "examples.png"):
-        assert np.asarray(Image.open(chain / picture)).std() > 10               # not blank
+        assert np.asarray(Image.open(own_chain / picture)).std() > 10               # not blank
 
     # Again, from stats.pt, with other batches: the same scores; the last line is the AUROC.
-    assert call(evaluate, "--out", chain, "--passes", 2, "--batch-size", 7) is None
+    assert call(evaluate, "--out", own_chain, "--passes", 2, "--batch-size", 7) is None
     assert capsys.readouterr().out.splitlines()[-1] == f"auroc {metrics['auroc']:.4f}"
-    again = [float(r["score"]) for r in csv.DictReader((chain / "scores.csv").open())]
+    again = [float(r["score"]) for r in csv.DictReader((own_chain / "scores.csv").open())]
     assert np.allclose(again, [float(r["score"]) for r in rows], atol=0.02)
 
 
@@ -99,21 +59,21 @@ def test_every_mode_trains_and_is_evaluated(mode, chain, folder, tmp_path, capsy
     assert ("sim_twin" in row) == (mode != "none")
 
 
-def test_several_runs_give_mean_and_sd(chain, capsys):
-    assert call(evaluate, "--out", chain, chain, "--passes", 1) is None
+def test_several_runs_give_mean_and_sd(own_chain, capsys):
+    assert call(evaluate, "--out", own_chain, own_chain, "--passes", 1) is None
     lines = capsys.readouterr().out.splitlines()
     assert "+- 0.0000" in lines[-2] and lines[-1].startswith("auroc ")
 
 
-def test_runs_are_gathered_in_a_table(chain, folder, tmp_path, monkeypatch):
+def test_runs_are_gathered_in_a_table(own_chain, folder, tmp_path, monkeypatch):
     """A line a run, replaced when it comes again; kept weights are runs of their own; validation needs no test image."""
     table = tmp_path / "study" / "results.csv"
     args = ["--data", folder, "--out", tmp_path / "run", *STAGE2, "--steps", "2", "--dissolve", "resize", "--tau", "0.2",
             "--dissolve-size", "40", "--every", "1", "--keep", "--jitter", "0"]
     assert call(train_dia, *args) is None
-    assert "--results" in call(evaluate, "--validation-only", "--out", chain)
+    assert "--results" in call(evaluate, "--validation-only", "--out", own_chain)
     for passes in (1, 2):
-        assert call(evaluate, "--out", chain, tmp_path / "run", "--passes", passes, "--results", table) is None
+        assert call(evaluate, "--out", own_chain, tmp_path / "run", "--passes", passes, "--results", table) is None
     with monkeypatch.context() as m:
         m.setattr(evaluate, "load_data", None)                                  # no image is read, no test image either
         assert call(evaluate, "--out", tmp_path / "run/step-1", tmp_path / "run", "--validation-only", "--results", table) is None
@@ -134,7 +94,7 @@ def test_runs_are_gathered_in_a_table(chain, folder, tmp_path, monkeypatch):
     assert [(r["dissolve"], r["score"]) for r in scores] == [("", "labels"), *((d, s) for d in ("diffusion", "resize")
                                                                                for s in dia_lib.SCORES)]
     labels = [int(v) for v in scores[0]["values"].split()]
-    for out, found, line in ((chain, rows[:3], scores[1:4]), (tmp_path / "run", rows[3:6], scores[4:7])):
+    for out, found, line in ((own_chain, rows[:3], scores[1:4]), (tmp_path / "run", rows[3:6], scores[4:7])):
         metrics = json.loads((out / "metrics.json").read_text())
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         last = [r for r in log if "val_auroc" in r][-1]
@@ -147,7 +107,7 @@ def test_runs_are_gathered_in_a_table(chain, folder, tmp_path, monkeypatch):
             assert float(row["val_auroc"]) == pytest.approx(last[evaluate.VALIDATION[row["score"]]], abs=1e-4)
             assert float(row["minutes"]) * 60 == pytest.approx(last["seconds"], abs=3)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    assert "another table" in call(evaluate, "--out", chain, "--validation-only", "--results", tmp_path / "other.csv")
+    assert "another table" in call(evaluate, "--out", own_chain, "--validation-only", "--results", tmp_path / "other.csv")
 
 
 def test_every_flag_of_the_method_reaches_the_weights(chain, folder, tmp_path):
@@ -225,9 +185,17 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, extra, chain, fol
     assert log_of(out) == log_of(whole)
 
 
+@pytest.mark.parametrize("module", [train_diffusion, train_dia])
+def test_resuming_a_finished_run_is_no_mistake(module, chain, folder, capsys):
+    """It may have been killed after its last checkpoint; a chain of commands goes on."""
+    before = (chain / "log.jsonl").read_bytes()
+    assert call(module, "--data", folder, "--out", chain, "--resume") is None
+    assert "has all its 4 steps already" in capsys.readouterr().out and (chain / "log.jsonl").read_bytes() == before
+
+
 def test_bank_is_used_made_once_and_made_again_where_it_is_lost(chain, folder, tmp_path, monkeypatch):
     """Other weights than without a bank; the same from the cache as from a bank made anew, compiled or not."""
-    args = ["--data", folder, "--diffusion", chain / "diffusion.pt", *STAGE2]
+    args = ["--data", folder, "--diffusion", chain / "diffusion.pt", *STAGE2, "--steps", 2]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     weights = {}
     for name, extra in (("fresh", []), ("made", ["--bank", "4"]), ("cached", ["--bank", "4"]), ("lost", ["--bank", "4"]),
@@ -292,7 +260,6 @@ def test_wrong_training_flags(folder, tmp_path, chain):
         (train_dia, [*new, *STAGE2, "--diffusion", chain / "diffusion.pt", "--holdout", "0.2"], "other images"),
         (train_diffusion, ["--data", folder, "--out", chain, *STAGE1], "--resume"),
         (train_dia, ["--data", folder, "--out", chain, *STAGE2], "--resume"),
-        (train_dia, ["--data", folder, "--out", chain, "--resume"], "nothing to do"),
         (train_dia, ["--data", folder, "--out", chain, "--resume", "--lr", "0.5"], "was started with"),
     ]
     if not torch.cuda.is_available():

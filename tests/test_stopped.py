@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from test_scripts import ROOT, STAGE1, STAGE2, call, flat, log_of
+from conftest import ROOT, STAGE1, STAGE2, call, flat, log_of
 
 import dia_lib
 import train_diffusion
@@ -100,7 +100,7 @@ def test_ten_kills_at_random_moments_change_nothing(script, kind, folder, tmp_pa
         out, runs, code = tmp_path / f"run{runs}", runs + 1, -signal.SIGKILL
         while code == -signal.SIGKILL:
             resumed += kills > 0 and (out / f"{kind}.pt").exists()
-            kill = (signal.SIGKILL, rng.uniform(0.02, 0.9) * seconds) if kills < 10 else None
+            kill = (signal.SIGKILL, rng.uniform(0.02, 1) * seconds) if kills < 10 else None
             code, output, _ = fork(script, *argv, "--out", out, kill=kill)
             kills += code == -signal.SIGKILL
         assert code == 0, output

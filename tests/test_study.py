@@ -5,8 +5,8 @@ import csv
 import numpy as np
 import pytest
 import torch
+from conftest import STAGE2, call
 from sklearn.metrics import roc_auc_score
-from test_scripts import STAGE2, call, chain  # noqa: F401  (chain is a fixture)
 
 import dia_lib
 import evaluate
@@ -134,7 +134,7 @@ def test_spots_are_one_dark_disc_inside_the_image():
     assert not torch.equal(out[0], out[1])
 
 
-def test_probe_of_a_run(chain, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_probe_of_a_run(chain, folder, tmp_path, monkeypatch, capsys):
     """Similarities of an encoder that has seen little, and a spot that is hard to miss against one that can't be seen."""
     monkeypatch.setattr(probe, "DIAMETERS", (1 / 16, 1 / 2))
     monkeypatch.setattr(probe, "CONTRASTS", (0.001, 0.8))
