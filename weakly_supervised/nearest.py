@@ -1,0 +1,66 @@
+"""Distance to the nearest normal patch: what the methods with labels have to beat. Needs no labelled anomaly.
+
+After PatchCore (Roth et al. 2022, arXiv:2106.08265): patch features of the normal images are kept, a random sample of them or a
+greedy coreset; an image's score is the largest distance of one of its patches to the nearest of these.
+"""
+
+import torch
+
+from dia_lib import run, step_generator
+from weakly_supervised.common import Setting, finish, flags
+
+
+def nearest_distance(x, memory, chunk=2 ** 24):
+    """Euclidean distance of each of x (n, C) to the nearest of memory (m, C): (n,), in memory for `chunk` floats."""
+    squares, found = memory.square().sum(1), []
+    for part in x.split(max(1, chunk // len(memory))):
+        nearest = (squares - 2 * part @ memory.T).argmin(1)                 # |x|^2 is the same for all
+        found.append((part - memory[nearest]).norm(dim=1))                  # exact: 0 for what is in memory
+    return torch.cat(found)
+
+
+def sample(setting, maps, most, seed):
+    """At most `most` patch features (m, C) of all images, each with the same chance; most = 0 for all."""
+    n, P = len(maps[0]), max(array.shape[2] * array.shape[3] for array in maps)
+    keep = torch.zeros(n * P, dtype=torch.bool)
+    keep[torch.randperm(n * P, generator=step_generator("cpu", seed, "patches", 0))[:most or n * P]] = True
+    return torch.cat([setting.patches(maps, slice(i, i + 16)).flatten(0, 1)[keep[i * P:(i + 16) * P].to(setting.device)]
+                      for i in range(0, n, 16)])
+
+
+def greedy_coreset(x, m, generator, dims=128):
+    """Indices (m,) of x (n, C): each next one is the farthest from those chosen (k-center greedy), by a random projection.
+
+    PatchCore Eq. 5 and Algorithm 1.
+    """
+    if x.shape[1] > dims:
+        x = x @ torch.randn(x.shape[1], dims, generator=generator).to(x.device) / dims ** 0.5
+    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
+    distance = (x - x[chosen[0]]).square().sum(1)
+    for _ in range(m - 1):
+        chosen.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (x - x[chosen[-1]]).square().sum(1))
+    return torch.tensor(chosen)
+
+
+def main():
+    parser = flags(__doc__.splitlines()[0], layers=[2, 3], aggregate=3)
+    parser.add_argument("--patches", type=int, default=20_000, help="normal patches to keep, drawn at random; 0: all "
+                        "(default: 20000)")
+    parser.add_argument("--coreset", type=float, default=1.0, help="share of them that a greedy coreset keeps (default: 1, all)")
+    setting = Setting(parser, "nearest")
+    args = setting.args
+    if args.patches < 0 or not 0 < args.coreset <= 1:
+        raise SystemExit("--patches needs a number from 0 on, --coreset a share above 0, up to 1.")
+    print(f"nearest, {setting.data.name}: {len(setting.data.train)} training normals, no labelled anomaly, {args.backbone} at "
+          f"{setting.size} px, layers {args.layers}, seed {args.seed}; {setting.device}", flush=True)
+    memory = sample(setting, setting.features(setting.data.train, "training images"), args.patches, args.seed)
+    if args.coreset < 1:
+        generator = step_generator("cpu", args.seed, "coreset", 0)
+        memory = memory[greedy_coreset(memory, max(1, round(len(memory) * args.coreset)), generator)]
+    metrics = finish(setting, lambda x: nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]), patches_kept=len(memory))
+    print(f"auroc {metrics['auroc']:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,115 @@
+"""WSCXR: mine anomalous patches in a few labelled images, mix them with normal ones, learn to tell both apart.
+
+Ni et al., "Weakly Supervised Anomaly Detection for Chest X-Ray Image", Sec. II, with the paper's equation numbers. Features of a
+frozen backbone; a linear discriminator, as released; an image's score is that of its most anomalous patch.
+"""
+
+import argparse
+import math
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dia_lib import Log, batch_indices, check_batch, check_loss, run, save_checkpoint, step_generator
+from weakly_supervised.common import Setting, draw_shots, finish, flags, shots_flags
+from weakly_supervised.nearest import nearest_distance, sample
+
+
+def mine(anomalous, normal, retention):
+    """The patches of anomalous images that are least like any normal one: floor(retention * n), at least 1, of (n, C).
+
+    anomalous: all patches of the labelled anomalies (n, C); normal: (m, C).  Eq. 4-5.
+    """
+    distance = nearest_distance(anomalous, normal)
+    return anomalous[distance.topk(max(1, math.floor(retention * len(anomalous)))).indices]
+
+
+def mix(mined, normal, low, generator):
+    """For each normal patch (n, C) an anomalous one: a m_a + (1 - a) m_n, m_a a random mined patch, a from U(low, 1).  Eq. 6."""
+    picked = torch.randint(len(mined), (len(normal),), generator=generator, device=normal.device)
+    alpha = torch.rand(len(normal), 1, generator=generator, device=normal.device) * (1 - low) + low
+    return alpha * mined[picked] + (1 - alpha) * normal
+
+
+def hinge(normal, anomalous):
+    """max(0, 1/2 + D(normal)) + max(0, 1/2 - D(anomalous)), in the mean.  Eq. 7, shifted by 1/2 as released."""
+    return (0.5 + normal).relu().mean() + (0.5 - anomalous).relu().mean()
+
+
+def discriminator(kind, channels):
+    """(n, C) -> (n, 1). kind: "linear", without bias, from Xavier-normal weights, as released; or "mlp", the paper's words."""
+    if kind == "linear":
+        net = nn.Linear(channels, 1, bias=False)
+        nn.init.xavier_normal_(net.weight)
+        return net
+    return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, 1))
+
+
+def train(setting, normal, mined, out):
+    """A trained discriminator. normal (M, P, C) float16: patches of the training normals; mined (n, C) float32."""
+    args, device = setting.args, setting.device
+    torch.manual_seed(args.seed)
+    net = discriminator(args.discriminator, normal.shape[2]).to(device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, weight_decay=1e-5)
+    low, epoch = 0.1 if args.mixing else 1.0, len(normal) // args.batch_size
+    log, losses = Log(out, "wscxr", 0), []
+    for step in tqdm(range(args.epochs * epoch), f"{len(mined)} mined patches", unit="step", disable=None):
+        generator = step_generator(device, args.seed, "wscxr", step)
+        x = normal[batch_indices(len(normal), args.batch_size, args.seed, step).to(device)].flatten(0, 1).float()       # (B*P, C)
+        loss = hinge(net(x), net(mix(mined, x, low, generator)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        if (step + 1) % (10 * epoch) == 0 or step + 1 == args.epochs * epoch:
+            values = torch.stack(losses).tolist()
+            check_loss(values, step + 1, args.lr)
+            log((step + 1) // epoch, show=False, loss=sum(values) / len(values))
+            losses = []
+    return net.eval()
+
+
+def main():
+    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], aggregate=5), several=True)
+    parser.add_argument("--retention", type=float, default=0.2, help="share of the anomalies' patches that mining keeps "
+                        "(default: 0.2)")
+    parser.add_argument("--mining", action=argparse.BooleanOptionalAction, default=True, help="mine patches, or take them all")
+    parser.add_argument("--mixing", action=argparse.BooleanOptionalAction, default=True, help="mix them with normal patches, or "
+                        "take them as they are")
+    parser.add_argument("--discriminator", choices=("linear", "mlp"), default="linear", help="linear, as released, or the "
+                        "paper's MLP (default: linear)")
+    parser.add_argument("--patches", type=int, default=200_000, help="normal patches that mining compares with, drawn at random; "
+                        "0: all (default: 200000)")
+    parser.add_argument("--epochs", type=int, default=100, help="passes over the normal images (default: 100)")
+    parser.add_argument("--batch-size", type=int, default=8, help="normal images a step (default: 8)")
+    parser.add_argument("--lr", type=float, default=2e-4, help="Adam's learning rate (default: 2e-4)")
+    setting = Setting(parser, "wscxr")
+    args, data = setting.args, setting.data
+    check_batch(args.batch_size, len(data.train))
+    if not 0 < args.retention <= 1 or args.epochs < 1 or args.patches < 0 or not 0 < args.lr < math.inf:
+        raise SystemExit("--retention needs a share above 0, up to 1; --epochs at least 1; --patches 0 or more; --lr above 0.")
+    draws = [draw_shots(setting.labels, data.groups, shots, args.seed, args.anomaly_class) for shots in args.shots]
+    print(f"wscxr, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
+          f"{args.backbone} at {setting.size} px, layers {args.layers}, {args.epochs} epochs, seed {args.seed}; {setting.device}",
+          flush=True)
+
+    maps = setting.features(data.train, "training images")
+    normal = torch.cat([setting.patches(maps, slice(i, i + 16)).half() for i in range(0, len(data.train), 16)])     # (M, P, C)
+    known = sample(setting, maps, args.patches, args.seed) if args.mining else None
+    test = setting.features(data.test, "test images")
+    for shots, chosen in zip(args.shots, draws, strict=True):
+        out = setting.out / f"shots-{shots}" if len(draws) > 1 else setting.out
+        out.mkdir(parents=True, exist_ok=True)
+        setting.begin()
+        anomalous = setting.patches(test, chosen).flatten(0, 1)
+        mined = mine(anomalous, known, args.retention) if args.mining else anomalous
+        net = train(setting, normal, mined, out)
+        save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": shots}, {"discriminator": net.state_dict()})
+        print(f"{shots} labelled anomalies, {len(mined)} of their {len(anomalous)} patches:")
+        metrics = finish(setting, lambda x, net=net: net(x).squeeze(2), out, chosen)
+    print(f"auroc {metrics['auroc']:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)
