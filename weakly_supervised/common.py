@@ -52,6 +52,7 @@ class Setting:
 
     def __init__(self, parser, method, argv=None):
         args = self.args = parser.parse_args(argv)
+        self.changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
         self.method = method
         self.begin()
         if args.aggregate < 1 or args.aggregate % 2 == 0:
@@ -181,7 +182,7 @@ def finish(setting, patch_scores, out=None, shots=None, **more):
     best = youden(labels[test], scores[test])
     metrics |= {"f1_threshold_chosen_on_test": best[0], "accuracy_threshold_chosen_on_test": best[1],
                 "shots": [] if shots is None else [data.paths[i] for i in shots],
-                "settings": {**vars(args), "out": str(out), "method": setting.method},
+                "settings": {**vars(args), "out": str(out), "method": setting.method, "changed": setting.changed},
                 "seconds": round(time.perf_counter() - setting.begun, 1)}
 
     out.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def greedy_coreset(x, m, generator, dims=128):
 
 
 def main():
-    parser = flags(__doc__.splitlines()[0], layers=[2, 3], aggregate=3)
+    parser = flags(__doc__.splitlines()[0], layers=[3], aggregate=3)
     parser.add_argument("--patches", type=int, default=20_000, help="normal patches to keep, drawn at random; 0: all "
                         "(default: 20000)")
     parser.add_argument("--coreset", type=float, default=1.0, help="share of them that a greedy coreset keeps (default: 1, all)")

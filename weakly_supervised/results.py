@@ -1,0 +1,76 @@
+"""The README's table of the methods that learn from a few labelled anomalies, from the runs themselves.
+
+    python -m weakly_supervised.results runs/elpv-nearest runs/elpv-wscxr/shots-16 ...
+
+adds the metrics.json of each folder to results.csv beside this file (a run already there is replaced) and writes the table.
+"""
+
+import csv
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from dia_data import data_name
+from dia_lib import run
+from evaluate import insert
+from study.results import README, markdown, put, spread
+
+TABLE = Path(__file__).parent / "results.csv"
+KEY = ["data", "method", "backbone", "shots", "anomaly_class", "switches", "seed"]
+FIGURES = ["auroc", "average_precision", "within_group_mean", "f1_at_fpr", "accuracy_at_fpr", "f1_threshold_chosen_on_test",
+           "accuracy_threshold_chosen_on_test", "auroc_seen_class", "auroc_all", "val_auroc", "seconds"]
+ELSEWHERE = {"data", "out", "seed", "backbone", "shots", "anomaly_class", "device", "maps", "weights", "fpr", "layers",
+             "image_size"}              # flags that have columns of their own, or change no score
+
+
+def row_of(metrics):
+    """A run's row, from its metrics.json."""
+    s = metrics["settings"]
+    backbone = "dia" if s["backbone"].startswith("dia:") else s["backbone"]
+    switches = [f"{k}={v}" for k, v in s["changed"].items() if k not in ELSEWHERE]
+    key = [data_name(s["data"]), s["method"], f"{backbone} {s['image_size']} px, layers {' '.join(map(str, s['layers']))}",
+           len(metrics["shots"]), s.get("anomaly_class") or "", " ".join(switches), s["seed"]]
+    values = ["" if metrics.get(k) is None else f"{metrics[k]:.4f}" for k in FIGURES]
+    return dict(zip(KEY + FIGURES, map(str, key + values), strict=True))
+
+
+def table(rows):
+    """Markdown: a line for each method and setting, in the order they came, seeds put together."""
+    lines, settings = [], []
+    for row in rows:
+        setting = tuple(row[k] for k in KEY[:-1])
+        if setting not in settings:
+            settings.append(setting)
+    for setting in sorted(settings, key=lambda s: (s[1], s[5], s[4], s[2].split(" ")[0], int(s[3]))):
+        runs = [r for r in rows if tuple(r[k] for k in KEY[:-1]) == setting]
+        values = {k: [float(r[k]) if r[k] else None for r in runs] for k in FIGURES}
+        _, method, backbone, shots, group, switches = setting
+        name = " ".join([f"`{method}`", *(f"`{w}`" for w in switches.split()), *([f"trained on {group}"] if group else [])])
+        each = ", ".join(f"{v:.3f}" for v in values["auroc"])
+        lines.append([name, backbone, shots, f"**{spread(values['auroc'])}** ({each})", spread(values["within_group_mean"]),
+                      f"{spread(values['f1_at_fpr'])} / {spread(values['accuracy_at_fpr'])}",
+                      f"{statistics.fmean(values['seconds']) / 60:.1f}"])
+    return markdown(["method", "features", "labelled anomalies", "AUROC (seeds 0, 1, 2)", "within mono and poly",
+                     "F1 / accuracy at `--fpr 0.05`", "minutes"], lines)
+
+
+def readme():
+    """The text of README.md with the table as results.csv has it."""
+    with open(TABLE, newline="") as file:
+        return put(README.read_text(), "weakly supervised", table(list(csv.DictReader(file))))
+
+
+def main():
+    for folder in sys.argv[1:]:
+        path = Path(folder) / "metrics.json"
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; give the folders that a method of weakly_supervised wrote.")
+        row = row_of(json.loads(path.read_text()))
+        insert(TABLE, list(row), row, KEY)
+    README.write_text(readme())
+    print(f"wrote {TABLE.name} and the table in {README.name}")
+
+
+if __name__ == "__main__":
+    run(main)
