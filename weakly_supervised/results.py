@@ -49,7 +49,7 @@ def table(rows):
         name = " ".join([f"`{method}`", *(f"`{w}`" for w in switches.split()), *([f"trained on {group}"] if group else [])])
         each = ", ".join(f"{v:.3f}" for v in values["auroc"])
         lines.append([name, backbone, shots, f"**{spread(values['auroc'])}** ({each})", spread(values["within_group_mean"]),
-                      f"{spread(values['f1_at_fpr'])} / {spread(values['accuracy_at_fpr'])}",
+                      " / ".join(filter(None, (spread(values["f1_at_fpr"]), spread(values["accuracy_at_fpr"])))),
                       f"{statistics.fmean(values['seconds']) / 60:.1f}"])
     return markdown(["method", "features", "labelled anomalies", "AUROC (seeds 0, 1, 2)", "within mono and poly",
                      "F1 / accuracy at `--fpr 0.05`", "minutes"], lines)
