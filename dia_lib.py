@@ -908,7 +908,7 @@ def save_grid(path, rows, captions, scale=1, names=None):
         picture.save(temporary, format="PNG")
 
 
-def run(main):
+def run(main, advice="a training run goes on from its last checkpoint with --resume"):
     """Call main(); end a Ctrl-C, a SIGTERM and errors of the file system with one sentence, not a traceback."""
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
@@ -918,7 +918,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt as stop:
-        print("\nstopped; a training run goes on from its last checkpoint with --resume.", file=sys.stderr)
+        print(f"\nstopped; {advice}.", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except OSError as error:
         sys.exit(f"{error}. Nothing that was written before is lost.")

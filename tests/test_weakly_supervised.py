@@ -126,8 +126,7 @@ def test_heat_map_is_bright_where_the_patch_is():
 # Backbones -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, channels", [("resnet18", (64, 128, 256, 512)), ("wide_resnet50_2", (256, 512, 1024, 2048)),
-                                            ("densenet121", (256, 512, 1024, 1024))])
+@pytest.mark.parametrize("name, channels", [("resnet18", (64, 128, 256, 512)), ("densenet121", (256, 512, 1024, 1024))])
 def test_four_depths_of_each_network(name, channels, tmp_path):
     """As many channels as the papers say, at a quarter to a 32nd of the side; the same values as the whole network's."""
     network = torchvision.models.get_model(name, weights=None).eval()
@@ -148,6 +147,11 @@ def test_four_depths_of_each_network(name, channels, tmp_path):
             assert torch.allclose(network.features.norm5(maps[3]), last, atol=1e-4)
         assert torch.equal(backbone(x, (3,))[0], maps[2])
     assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+
+
+def test_wide_resnet_has_four_depths_too():
+    backbone = backbones.Backbone(backbones._stages(torchvision.models.wide_resnet50_2(), "wide_resnet50_2"))
+    assert [m.shape[1] for m in backbone(torch.rand(1, 3, 32, 32), (1, 2, 3, 4))] == [256, 512, 1024, 2048]
 
 
 def test_lite_is_the_network_of_its_package():
@@ -244,16 +248,17 @@ def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):
         assert len(metrics["shots"]) == k and len(rows) == 30 - k and not set(metrics["shots"]) & {r["path"] for r in rows}
         assert metrics["anomalies"] == 18 - k and metrics["settings"]["method"] == "wscxr"
     state = torch.load(tmp_path / "a/shots-6/wscxr.pt", weights_only=True)
-    assert state["settings"]["shots"] == 6 and state["discriminator"]["weight"].shape == (1, 256)
+    assert state["settings"]["shots"] == 6 and state["discriminator"]["weight"].shape == (1, 128 + 256)
     log = [json.loads(line) for line in (tmp_path / "a/shots-6/log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if r["stage"] == "wscxr"] == [10, 20, 30] and log[2]["loss"] < log[0]["loss"]
+    assert "shots-6 holds results already" in call(wscxr, *args, "--shots", 4, 6, "--out", tmp_path / "a")
     # The same again is the same; the switches and the group change it.
     weight = {}
     for name, extra in (("same", []), ("unmined", ["--no-mining"]), ("unmixed", ["--no-mixing"]),
                         ("mlp", ["--discriminator", "mlp"]), ("dent", ["--anomaly-class", "dent", "--shots", 3])):
         assert call(wscxr, *args, "--shots", 6, *extra, "--out", tmp_path / name) is None
         weight[name] = list(torch.load(tmp_path / name / "wscxr.pt", weights_only=True)["discriminator"].values())[0]
-    assert torch.equal(weight["same"], state["discriminator"]["weight"]) and weight["mlp"].shape == (256, 256)
+    assert torch.equal(weight["same"], state["discriminator"]["weight"]) and weight["mlp"].shape == (384, 384)
     assert not torch.equal(weight["same"], weight["unmined"]) and not torch.equal(weight["same"], weight["unmixed"])
     metrics = json.loads((tmp_path / "dent/metrics.json").read_text())
     assert (metrics["normals"], metrics["anomalies"]) == (12, 12) and all("dent" in path for path in metrics["shots"])

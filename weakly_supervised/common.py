@@ -17,6 +17,8 @@ from dia_lib import Log, pick_device, save_grid, shared_flags, step_generator, s
 from evaluate import impossible, measure, p_values, tell, write, write_scores
 from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
 
+AGAIN = "the same command begins again, with the feature maps that are in the cache"
+
 
 def flags(description, layers, aggregate):
     """The parser with the flags that all methods have; layers, aggregate: their defaults in this method."""
@@ -65,8 +67,7 @@ class Setting:
             raise SystemExit(f"--image-size {args.image_size}: needs at least 32.")
         args.layers = sorted(set(args.layers))
         self.out = Path(args.out or f"runs/{data_name(args.data)}-{method}" + (f"-s{args.seed}" if args.seed else ""))
-        if (self.out / "metrics.json").exists():
-            raise SystemExit(f"{self.out} holds results already. Choose another folder with --out, or remove it.")
+        refuse_results(self.out)
         self.device = pick_device(args.device)
         self.backbone = load_backbone(args.backbone, args.weights, self.device)
         self.size = args.image_size = args.image_size or self.backbone.size
@@ -96,6 +97,13 @@ class Setting:
         with torch.no_grad():
             return torch.cat([patch_scores(self.patches(maps, slice(i, i + batch))).cpu()
                               for i in range(0, len(maps[0]), batch)])
+
+
+def refuse_results(*folders):
+    """Exit if one of the folders holds the results of a run."""
+    for folder in folders:
+        if (folder / "metrics.json").exists():
+            raise SystemExit(f"{folder} holds results already. Choose another folder with --out, or remove it.")
 
 
 def patch_features(maps, aggregate):

@@ -7,7 +7,7 @@ greedy coreset; an image's score is the largest distance of one of its patches t
 import torch
 
 from dia_lib import run, step_generator
-from weakly_supervised.common import Setting, finish, flags
+from weakly_supervised.common import AGAIN, Setting, finish, flags
 
 
 def nearest_distance(x, memory, chunk=2 ** 24):
@@ -63,4 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, AGAIN)

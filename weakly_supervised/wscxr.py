@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dia_lib import Log, batch_indices, check_batch, check_loss, run, save_checkpoint, step_generator
-from weakly_supervised.common import Setting, draw_shots, finish, flags, shots_flags
+from weakly_supervised.common import AGAIN, Setting, draw_shots, finish, flags, refuse_results, shots_flags
 from weakly_supervised.nearest import nearest_distance, sample
 
 
@@ -29,7 +29,7 @@ def mix(mined, normal, low, generator):
     """For each normal patch (n, C) an anomalous one: a m_a + (1 - a) m_n, m_a a random mined patch, a from U(low, 1).  Eq. 6."""
     picked = torch.randint(len(mined), (len(normal),), generator=generator, device=normal.device)
     alpha = torch.rand(len(normal), 1, generator=generator, device=normal.device) * (1 - low) + low
-    return alpha * mined[picked] + (1 - alpha) * normal
+    return torch.lerp(normal, mined[picked], alpha)
 
 
 def hinge(normal, anomalous):
@@ -71,7 +71,7 @@ def train(setting, normal, mined, out):
 
 
 def main():
-    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[3], aggregate=5), several=True)
+    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], aggregate=5), several=True)
     parser.add_argument("--retention", type=float, default=0.2, help="share of the anomalies' patches that mining keeps "
                         "(default: 0.2)")
     parser.add_argument("--mining", action=argparse.BooleanOptionalAction, default=True, help="mine patches, or take them all")
@@ -89,6 +89,8 @@ def main():
     check_batch(args.batch_size, len(data.train))
     if not 0 < args.retention <= 1 or args.epochs < 1 or args.patches < 0 or not 0 < args.lr < math.inf:
         raise SystemExit("--retention needs a share above 0, up to 1; --epochs at least 1; --patches 0 or more; --lr above 0.")
+    outs = [setting.out / f"shots-{shots}" if len(args.shots) > 1 else setting.out for shots in args.shots]
+    refuse_results(*outs)
     draws = [draw_shots(setting.labels, data.groups, shots, args.seed, args.anomaly_class) for shots in args.shots]
     print(f"wscxr, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
           f"{args.backbone} at {setting.size} px, layers {args.layers}, {args.epochs} epochs, seed {args.seed}; {setting.device}",
@@ -98,8 +100,7 @@ def main():
     normal = torch.cat([setting.patches(maps, slice(i, i + 16)).half() for i in range(0, len(data.train), 16)])     # (M, P, C)
     known = sample(setting, maps, args.patches, args.seed) if args.mining else None
     test = setting.features(data.test, "test images")
-    for shots, chosen in zip(args.shots, draws, strict=True):
-        out = setting.out / f"shots-{shots}" if len(draws) > 1 else setting.out
+    for shots, chosen, out in zip(args.shots, draws, outs, strict=True):
         out.mkdir(parents=True, exist_ok=True)
         setting.begin()
         anomalous = setting.patches(test, chosen).flatten(0, 1)
@@ -112,4 +113,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, AGAIN)
