@@ -4,6 +4,7 @@
 """
 
 import os
+import pickle
 import re
 import tempfile
 import urllib.error
@@ -26,7 +27,7 @@ NAMES = (LITE, *TORCHVISION)
 
 
 class Backbone(nn.Module):
-    """The first four stages of a network: maps of 1/4, 1/8, 1/16 and 1/32 of the image's side (the last map of that size).
+    """The first four stages of a network: maps of 1/4, 1/8, 1/16 and 1/32 of the image's side (dia:RUN at up to 32 px: 1 to 1/8).
 
     forward(x, layers): x (B, channels, H, W) in [0, 1] -> a list with (B, C, h, w), float32, for each of layers (1 to 4).
     The weights are frozen; for training call requires_grad_() and train().  size: the side of images it is used to, in pixels;
@@ -40,7 +41,7 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
         self.key = zlib.crc32(b"".join(f"{k} {tuple(v.shape)}".encode() + v.numpy().tobytes()
-                                       for k, v in self.state_dict().items()))
+                                       for k, v in [*self.state_dict().items(), *self.named_buffers()]))
 
     def forward(self, x, layers):
         x, maps = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last), {}
@@ -64,14 +65,15 @@ def load_backbone(name, weights=None, device="cpu"):
     elif name in TORCHVISION:
         try:
             network = get_model(name, weights=None if weights else "IMAGENET1K_V1")
-        except (urllib.error.URLError, OSError, RuntimeError) as error:                         # RuntimeError: wrong checksum
+        except (urllib.error.URLError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:   # a broken file, too
             raise SystemExit(f"--backbone {name}: the ImageNet weights could not be downloaded ({error}). Give a file with "
                              "torchvision's state dict by --weights, or another --backbone.") from None
     else:
         raise SystemExit(f"--backbone {name}: expected {', '.join(NAMES)}, or dia:RUN with the folder of a run of train_dia.py.")
     if weights:
         _fit(network, name, Path(weights))
-    return Backbone(_stages(network, name)).to(device)
+    scaling = dict(mean=[0.5] * 3, std=[0.5] * 3) if name == LITE else {}                      # as Google trained it
+    return Backbone(_stages(network, name), **scaling).to(device)
 
 
 def _stages(network, name):
@@ -120,11 +122,12 @@ def _fit(network, name, path):
     except Exception:                                                       # torch raises many types for files that are none
         raise SystemExit(f"--weights {path} is not a state dict (names and tensors, as torch.save writes them).") from None
     wanted = {k: tuple(v.shape) for k, v in network.state_dict().items()}
-    for what, odd in (("lacks", wanted.keys() - shapes), ("has beside them", shapes.keys() - wanted),
-                      ("has in another shape", [k for k in wanted if shapes.get(k) != wanted[k]])):
+    lacking = {k for k in wanted.keys() - shapes if not k.endswith("num_batches_tracked")}      # which old files have not
+    for what, odd in (("lacks", lacking), ("has beside them", shapes.keys() - wanted),
+                      ("has in another shape", [k for k in shapes.keys() & wanted if shapes[k] != wanted[k]])):
         if odd:
             raise SystemExit(f"--weights {path} does not fit {name}: of its weights it {what} {len(odd)}, {min(odd)} for one.")
-    network.load_state_dict(found)
+    network.load_state_dict(found, strict=False)                            # all but counters are there
 
 
 @torch.no_grad()

@@ -56,13 +56,12 @@ class Setting:
         args = self.args = parser.parse_args(argv)
         self.changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
         self.method = method
-        self.begin()
         if args.aggregate < 1 or args.aggregate % 2 == 0:
             raise SystemExit(f"--aggregate {args.aggregate}: needs an odd number from 1 on.")
         if not 0 < args.fpr < 1:
             raise SystemExit(f"--fpr {args.fpr}: needs a share between 0 and 1.")
-        if args.seed < 0 or not 0 <= args.holdout < 1:
-            raise SystemExit("--seed needs a number from 0 on, --holdout a share from 0 to below 1.")
+        if not 0 <= args.seed < 2 ** 32 or not 0 <= args.holdout < 1:
+            raise SystemExit("--seed needs a number from 0 to 4294967295, --holdout a share from 0 to below 1.")
         if args.image_size is not None and args.image_size < 32:
             raise SystemExit(f"--image-size {args.image_size}: needs at least 32.")
         args.layers = sorted(set(args.layers))
@@ -79,13 +78,18 @@ class Setting:
         if len(set(self.labels)) != 2:
             raise SystemExit(f"{self.data.name}: the test images are all of one kind; an AUROC needs both normal and anomalous.")
 
-    def begin(self):
-        """Start the clock of "seconds"."""
-        self.begun = time.perf_counter()
-
     def features(self, images, name=None):
         """Feature maps of images (n, ...) uint8 at the layers asked for; see backbones.features."""
         return features(self.backbone, images, self.args.layers, self.size, self.device, name=name)
+
+    def begin(self):
+        """Feature maps of the training and of the test images; starts the clock of "seconds" when they are there."""
+        train = self.features(self.data.train, "training images")
+        if len(self.data.held):
+            self.features(self.data.held)
+        test = self.features(self.data.test, "test images")
+        self.begun = time.perf_counter()
+        return train, test
 
     def patches(self, maps, rows):
         """Patch features of some images (rows: indices or a slice), (n, P, C) float32 on the device; maps: of `features`."""
@@ -138,17 +142,17 @@ def draw_shots(labels, groups, shots, seed, anomaly_class=None):
 
 
 def validate(setting, patch_scores, held_scores):
-    """AUROC of held-out normals against the same images with a synthetic defect, as stage 2 of DIA does: to choose by.
+    """AUROC of held-out normals (256 at most) against the same images with a synthetic defect: to choose by.
 
     held_scores: (n,) of the held-out normals that may choose. None without any.
     """
-    held, found = setting.data.held[~setting.data.calibration], []
+    held, found = setting.data.held[~setting.data.calibration][:256], []
     if not len(held):
         return None
     for i, kind in enumerate(("line", "patch")):
         defects = synthetic_defects(held, kind, step_generator("cpu", 0, "synthetic defects", i))
         scores = setting.score(setting.features(defects), patch_scores).amax(1)
-        found.append(float(roc_auc_score([0] * len(held) + [1] * len(defects), torch.cat([held_scores, scores]))))
+        found.append(float(roc_auc_score([0] * len(held) + [1] * len(defects), torch.cat([held_scores[:256], scores]))))
     return sum(found) / 2
 
 
@@ -169,7 +173,7 @@ def finish(setting, patch_scores, out=None, shots=None, **more):
     held = setting.score(setting.features(data.held), patch_scores) if len(data.held) else torch.empty(0, 1)
     calibration = held.amax(1)[data.calibration].numpy()
     test = np.setdiff1d(np.arange(len(data.labels)), [] if shots is None else shots)
-    maps = setting.score(setting.features(data.test, "test images"), patch_scores)                      # (Q, P)
+    maps = setting.score(setting.features(data.test), patch_scores)                                     # (Q, P)
     scores, labels, groups = maps.amax(1).numpy(), setting.labels, np.array(data.groups)
     p = p_values(calibration, scores)
 
@@ -178,9 +182,10 @@ def finish(setting, patch_scores, out=None, shots=None, **more):
 
     apart = {}
     if getattr(args, "anomaly_class", None):                            # DRA's hard setting: anomalies of other groups
-        seen = groups[test] == args.anomaly_class
-        apart = {"auroc_seen_class": measured(test[seen | (labels[test] == 0)])["auroc"], "auroc_all": measured(test)["auroc"]}
-        test = test[~seen | (labels[test] == 0)]
+        seen, normal = groups[test] == args.anomaly_class, labels[test] == 0
+        apart = {name: float(roc_auc_score(labels[rows], scores[rows])) for name, rows in
+                 (("auroc_seen_class", test[seen | normal]), ("auroc_all", test))}
+        test = test[~seen | normal]
     metrics = {**measured(test), **apart, "val_auroc": validate(setting, patch_scores, held.amax(1)[~data.calibration]), **more}
     metrics |= {"f1_at_fpr": None, "accuracy_at_fpr": None}
     if len(calibration) and not impossible(len(calibration), args.fpr):
@@ -208,7 +213,7 @@ def finish(setting, patch_scores, out=None, shots=None, **more):
     if metrics["val_auroc"] is not None:
         print(f"  synthetic defects on held-out normals: AUROC {metrics['val_auroc']:.3f}")
     print(f"  wrote scores.csv, metrics.json, examples.png{', maps/' if args.maps else ''} to {out}; "
-          f"{metrics['seconds']:.0f} s in all", flush=True)
+          f"{metrics['seconds']:.0f} s after the feature maps", flush=True)
     return metrics
 
 
@@ -229,17 +234,18 @@ def pictures(setting, out, maps, test, normal):
         ranked = order[labels == label].tolist()
         rows |= {f"{name}, highest scores": ranked[:4], f"{name}, lowest": ranked[-4:]}
     grid = [[tile for i in row for tile in overlay(i)] for row in rows.values()]
-    save_grid(out / "examples.png", [row + [None] * (8 - len(row)) for row in grid], ["image", "score of patches"] * 4,
-              scale=max(1, 128 // setting.data.test.shape[-1]), names=list(rows))
+    scale = max(1, 128 // setting.data.test.shape[-1])
+    save_grid(out / "examples.png", [row + [None] * (8 - len(row)) for row in grid], ["image", "score of patches"] * 4, scale,
+              names=list(rows))
     if setting.args.maps:
         for i in test.tolist():
-            path = (out / "maps" / setting.data.paths[i]).with_suffix(".png")
+            path = out / "maps" / f"{setting.data.paths[i]}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_grid(path, [list(overlay(i))], ["image", "score of patches"])
+            save_grid(path, [list(overlay(i))], ["image", "score of patches"], scale)
 
 
-def heat_map(scores, size, sigma=4.0):
-    """Patch scores (P,) of a square grid as a map (size, size): bilinear, then a Gaussian of sigma pixels."""
-    side = math.isqrt(len(scores))
+def heat_map(scores, size):
+    """Patch scores (P,) of a square grid as a map (size, size): bilinear, then a Gaussian of 4 pixels in 256, as released."""
+    side, sigma = math.isqrt(len(scores)), 4 * size / 256
     x = F.interpolate(scores.view(1, 1, side, side), (size, size), mode="bilinear")
-    return gaussian_blur(x, 2 * round(4 * sigma) + 1, sigma)[0, 0] if size > 4 * sigma + 1 else x[0, 0]
+    return gaussian_blur(x, 2 * math.ceil(3 * sigma) + 1, sigma)[0, 0]

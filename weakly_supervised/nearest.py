@@ -54,7 +54,8 @@ def main():
         raise SystemExit("--patches needs a number from 0 on, --coreset a share above 0, up to 1.")
     print(f"nearest, {setting.data.name}: {len(setting.data.train)} training normals, no labelled anomaly, {args.backbone} at "
           f"{setting.size} px, layers {args.layers}, seed {args.seed}; {setting.device}", flush=True)
-    memory = sample(setting, setting.features(setting.data.train, "training images"), args.patches, args.seed)
+    maps, _ = setting.begin()
+    memory = sample(setting, maps, args.patches, args.seed)
     if args.coreset < 1:
         generator = step_generator("cpu", args.seed, "coreset", 0)
         memory = memory[greedy_coreset(memory, max(1, round(len(memory) * args.coreset)), generator)]

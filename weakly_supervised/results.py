@@ -7,6 +7,7 @@ adds the metrics.json of each folder to results.csv beside this file (a run alre
 
 import csv
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -20,14 +21,15 @@ TABLE = Path(__file__).parent / "results.csv"
 KEY = ["data", "method", "backbone", "shots", "anomaly_class", "switches", "seed"]
 FIGURES = ["auroc", "average_precision", "within_group_mean", "f1_at_fpr", "accuracy_at_fpr", "f1_threshold_chosen_on_test",
            "accuracy_threshold_chosen_on_test", "auroc_seen_class", "auroc_all", "val_auroc", "seconds"]
-ELSEWHERE = {"data", "out", "seed", "backbone", "shots", "anomaly_class", "device", "maps", "weights", "fpr", "layers",
-             "image_size"}              # flags that have columns of their own, or change no score
+ELSEWHERE = {"data", "out", "seed", "backbone", "shots", "anomaly_class", "device", "maps", "layers",
+             "image_size"}              # flags that have columns of their own, or change no figure
 
 
 def row_of(metrics):
     """A run's row, from its metrics.json."""
     s = metrics["settings"]
-    backbone = "dia" if s["backbone"].startswith("dia:") else s["backbone"]
+    name, _, path = s["backbone"].partition(":")                            # a run stands for the kind of runs: runs/elpv-csi-s1
+    backbone = f"{name}:{re.sub(r'-s[0-9]+$', '', Path(path).name)}" if path else name
     switches = [f"{k}={v}" for k, v in s["changed"].items() if k not in ELSEWHERE]
     key = [data_name(s["data"]), s["method"], f"{backbone} {s['image_size']} px, layers {' '.join(map(str, s['layers']))}",
            len(metrics["shots"]), s.get("anomaly_class") or "", " ".join(switches), s["seed"]]
@@ -35,23 +37,21 @@ def row_of(metrics):
     return dict(zip(KEY + FIGURES, map(str, key + values), strict=True))
 
 
-def table(rows):
-    """Markdown: a line for each method and setting, in the order they came, seeds put together."""
-    lines, settings = [], []
-    for row in rows:
-        setting = tuple(row[k] for k in KEY[:-1])
-        if setting not in settings:
-            settings.append(setting)
+def table(rows, data="elpv"):
+    """Markdown: a line for each method and setting on one data set, its seeds put together."""
+    lines, settings = [], {tuple(row[k] for k in KEY[:-1]): None for row in rows if row["data"] == data}
     for setting in sorted(settings, key=lambda s: (s[1], s[5], s[4], s[2].split(" ")[0], int(s[3]))):
-        runs = [r for r in rows if tuple(r[k] for k in KEY[:-1]) == setting]
+        runs = sorted((r for r in rows if tuple(r[k] for k in KEY[:-1]) == setting), key=lambda r: int(r["seed"]))
         values = {k: [float(r[k]) if r[k] else None for r in runs] for k in FIGURES}
         _, method, backbone, shots, group, switches = setting
         name = " ".join([f"`{method}`", *(f"`{w}`" for w in switches.split()), *([f"trained on {group}"] if group else [])])
         each = ", ".join(f"{v:.3f}" for v in values["auroc"])
-        lines.append([name, backbone, shots, f"**{spread(values['auroc'])}** ({each})", spread(values["within_group_mean"]),
+        seeds = ", ".join(r["seed"] for r in runs)
+        lines.append([name, backbone, shots, seeds, f"**{spread(values['auroc'])}** ({each})",
+                      spread(values["within_group_mean"]),
                       " / ".join(filter(None, (spread(values["f1_at_fpr"]), spread(values["accuracy_at_fpr"])))),
                       f"{statistics.fmean(values['seconds']) / 60:.1f}"])
-    return markdown(["method", "features", "labelled anomalies", "AUROC (seeds 0, 1, 2)", "within mono and poly",
+    return markdown(["method", "features", "labelled anomalies", "seeds", "AUROC", "mean within groups",
                      "F1 / accuracy at `--fpr 0.05`", "minutes"], lines)
 
 

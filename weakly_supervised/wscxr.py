@@ -6,12 +6,13 @@ frozen backbone; a linear discriminator, as released; an image's score is that o
 
 import argparse
 import math
+import time
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from dia_lib import Log, batch_indices, check_batch, check_loss, run, save_checkpoint, step_generator
+from dia_lib import Log, batch_indices, check_batch, check_loss, run, save_checkpoint, send, step_generator
 from weakly_supervised.common import AGAIN, Setting, draw_shots, finish, flags, refuse_results, shots_flags
 from weakly_supervised.nearest import nearest_distance, sample
 
@@ -56,7 +57,7 @@ def train(setting, normal, mined, out):
     log, losses = Log(out, "wscxr", 0), []
     for step in tqdm(range(args.epochs * epoch), f"{len(mined)} mined patches", unit="step", disable=None):
         generator = step_generator(device, args.seed, "wscxr", step)
-        x = normal[batch_indices(len(normal), args.batch_size, args.seed, step).to(device)].flatten(0, 1).float()       # (B*P, C)
+        x = send(normal[batch_indices(len(normal), args.batch_size, args.seed, step)], device).flatten(0, 1).float()    # (B*P, C)
         loss = hinge(net(x), net(mix(mined, x, low, generator)))
         optimizer.zero_grad()
         loss.backward()
@@ -89,6 +90,7 @@ def main():
     check_batch(args.batch_size, len(data.train))
     if not 0 < args.retention <= 1 or args.epochs < 1 or args.patches < 0 or not 0 < args.lr < math.inf:
         raise SystemExit("--retention needs a share above 0, up to 1; --epochs at least 1; --patches 0 or more; --lr above 0.")
+    args.shots = sorted(set(args.shots))
     outs = [setting.out / f"shots-{shots}" if len(args.shots) > 1 else setting.out for shots in args.shots]
     refuse_results(*outs)
     draws = [draw_shots(setting.labels, data.groups, shots, args.seed, args.anomaly_class) for shots in args.shots]
@@ -96,13 +98,15 @@ def main():
           f"{args.backbone} at {setting.size} px, layers {args.layers}, {args.epochs} epochs, seed {args.seed}; {setting.device}",
           flush=True)
 
-    maps = setting.features(data.train, "training images")
-    normal = torch.cat([setting.patches(maps, slice(i, i + 16)).half() for i in range(0, len(data.train), 16)])     # (M, P, C)
+    maps, test = setting.begin()
+    first = setting.patches(maps, slice(0, 1))
+    normal = torch.empty(len(data.train), *first.shape[1:], dtype=torch.float16)        # (M, P, C), 0.3 MB an image by default
+    for i in range(0, len(normal), 16):
+        normal[i:i + 16] = setting.patches(maps, slice(i, i + 16)).cpu()
     known = sample(setting, maps, args.patches, args.seed) if args.mining else None
-    test = setting.features(data.test, "test images")
     for shots, chosen, out in zip(args.shots, draws, outs, strict=True):
         out.mkdir(parents=True, exist_ok=True)
-        setting.begin()
+        setting.begun = time.perf_counter()
         anomalous = setting.patches(test, chosen).flatten(0, 1)
         mined = mine(anomalous, known, args.retention) if args.mining else anomalous
         net = train(setting, normal, mined, out)
