@@ -274,7 +274,7 @@ def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):
 @pytest.mark.parametrize("words, sentence", [
     (["--shots", 18], "from 1 to 17"), (["--shots", 2, "--anomaly-class", "bent"], "are dent, scratch"),
     (["--aggregate", 2], "odd"), (["--retention", 0], "above 0"), (["--epochs", 0], "at least 1"),
-    (["--batch-size", 99], "from 1 to"), (["--fpr", 0], "between 0 and 1"), (["--image-size", 8], "at least 32"),
+    (["--batch-size", 99], "from 1 to"), (["--fpr", 0], "between 0 and 1"), (["--image-size", 8], "at least 16"),
     (["--backbone", "vgg16"], "efficientnet_lite0, resnet18"),
     (["--backbone", "densenet121"], "does not fit densenet121"), (["--weights", "no.pth"], "no such file"),
     (["--weights", __file__], "is not a state dict"), (["--backbone", "dia:runs/none"], "leave the flag out"),

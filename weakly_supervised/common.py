@@ -40,10 +40,10 @@ def flags(description, layers, aggregate):
     return parser
 
 
-def shots_flags(parser, several=False):
-    """The flags of methods that learn from labelled anomalies."""
-    parser.add_argument("--shots", type=int, default=[10] if several else 10, nargs="+" if several else None, metavar="N",
-                        help="labelled anomalies to learn from" + (", one run each" if several else "") + " (default: 10)")
+def shots_flags(parser):
+    """The flags of methods that learn from labelled anomalies; returns the parser."""
+    parser.add_argument("--shots", type=int, default=[10], nargs="+", metavar="N", help="labelled anomalies to learn from; "
+                        "several numbers: one run each, in OUT/shots-N (default: 10)")
     parser.add_argument("--anomaly-class", metavar="GROUP", help="draw them from this group of anomalies alone, and report on "
                         "the others (default: from all)")
     return parser
@@ -62,8 +62,8 @@ class Setting:
             raise SystemExit(f"--fpr {args.fpr}: needs a share between 0 and 1.")
         if not 0 <= args.seed < 2 ** 32 or not 0 <= args.holdout < 1:
             raise SystemExit("--seed needs a number from 0 to 4294967295, --holdout a share from 0 to below 1.")
-        if args.image_size is not None and args.image_size < 32:
-            raise SystemExit(f"--image-size {args.image_size}: needs at least 32.")
+        if args.image_size is not None and args.image_size < 16:
+            raise SystemExit(f"--image-size {args.image_size}: needs at least 16.")
         args.layers = sorted(set(args.layers))
         self.out = Path(args.out or f"runs/{data_name(args.data)}-{method}" + (f"-s{args.seed}" if args.seed else ""))
         refuse_results(self.out)

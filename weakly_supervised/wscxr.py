@@ -72,7 +72,7 @@ def train(setting, normal, mined, out):
 
 
 def main():
-    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], aggregate=5), several=True)
+    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], aggregate=5))
     parser.add_argument("--retention", type=float, default=0.2, help="share of the anomalies' patches that mining keeps "
                         "(default: 0.2)")
     parser.add_argument("--mining", action=argparse.BooleanOptionalAction, default=True, help="mine patches, or take them all")
