@@ -111,7 +111,7 @@ def main():
         mined = mine(anomalous, known, args.retention) if args.mining else anomalous
         net = train(setting, normal, mined, out)
         save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": shots}, {"discriminator": net.state_dict()})
-        print(f"{shots} labelled anomalies, {len(mined)} of their {len(anomalous)} patches:")
+        print(f"{shots} labelled, {len(mined)} of {len(anomalous)} patches:")
         metrics = finish(setting, lambda x, net=net: net(x).squeeze(2), out, chosen)
     print(f"auroc {metrics['auroc']:.4f}")
 
