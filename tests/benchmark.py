@@ -30,9 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dia_lib as lib  # noqa: E402
-import train_dia  # noqa: E402
-import train_diffusion  # noqa: E402
+import dia_lib as lib           # noqa: E402
+import train_dia                # noqa: E402
+import train_diffusion          # noqa: E402
 
 CPU = torch.device("cpu")
 B, K = 32, lib.K
@@ -220,7 +220,7 @@ def make_unet(name):
     """"ours" or "theirs": dim 64, one channel."""
     if name == "ours":
         return lib.UNet(1)
-    from denoising_diffusion_pytorch import Unet  # not needed by the other sections
+    from denoising_diffusion_pytorch import Unet                           # not needed by the other sections
     return Unet(64, channels=1, dim_mults=(1, 2, 4, 8))
 
 

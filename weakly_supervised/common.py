@@ -188,7 +188,7 @@ def finish(setting, patch_scores, out=None, shots=None, **more):
         test = test[~seen | normal]
     metrics = {**measured(test), **apart, "val_auroc": validate(setting, patch_scores, held.amax(1)[~data.calibration]), **more}
     metrics |= {"f1_at_fpr": None, "accuracy_at_fpr": None}
-    if len(calibration) and not impossible(len(calibration), args.fpr):
+    if not impossible(len(calibration), args.fpr):
         decided = p[test] <= args.fpr
         metrics |= {"f1_at_fpr": float(f1_score(labels[test], decided)),
                     "accuracy_at_fpr": float((decided == labels[test]).mean())}
@@ -206,7 +206,7 @@ def finish(setting, patch_scores, out=None, shots=None, **more):
     Log(out, "evaluate", math.inf)(0, show=False, **{k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")})
     tell(metrics)
     if apart:
-        print(f"  of other anomalies than {args.anomaly_class}, as in the table; of its own {apart['auroc_seen_class']:.4f}, "
+        print(f"  that is of anomalies other than {args.anomaly_class}; of {args.anomaly_class} {apart['auroc_seen_class']:.4f}, "
               f"of all {apart['auroc_all']:.4f}")
     if metrics["f1_at_fpr"] is not None:
         print(f"  at that threshold F1 {metrics['f1_at_fpr']:.3f}, accuracy {metrics['accuracy_at_fpr']:.3f}")
