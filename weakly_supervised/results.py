@@ -47,10 +47,12 @@ def table(rows, data="elpv"):
         name = " ".join([f"`{method}`", *(f"`{w}`" for w in switches.split()), *([f"trained on {group}"] if group else [])])
         each = ", ".join(f"{v:.3f}" for v in values["auroc"])
         seeds = ", ".join(r["seed"] for r in runs)
+        seconds = [v for v in values["seconds"] if v is not None]                   # not of runs that were paused
+        minutes = f"{statistics.fmean(seconds) / 60:.1f}" if seconds else ""
         lines.append([name, backbone, shots, seeds, f"**{spread(values['auroc'])}** ({each})",
                       spread(values["within_group_mean"]),
                       " / ".join(filter(None, (spread(values["f1_at_fpr"]), spread(values["accuracy_at_fpr"])))),
-                      f"{statistics.fmean(values['seconds']) / 60:.1f}"])
+                      minutes])
     return markdown(["method", "features", "labelled anomalies", "seeds", "AUROC", "mean within groups",
                      "F1 / accuracy at `--fpr 0.05`", "minutes"], lines)
 
