@@ -37,11 +37,11 @@ class Backbone(nn.Module):
     def __init__(self, stages, channels=3, size=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), fingerprint=None):
         super().__init__()
         self.stages, self.channels, self.size, self.fingerprint = nn.ModuleList(stages), channels, size, fingerprint
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)      # ImageNet's, of RGB in [0, 1]
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))      # ImageNet's, of RGB in [0, 1]
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
         self.eval().requires_grad_(False)
         self.key = zlib.crc32(b"".join(f"{k} {tuple(v.shape)}".encode() + v.numpy().tobytes()
-                                       for k, v in [*self.state_dict().items(), *self.named_buffers()]))
+                                       for k, v in self.state_dict().items()))
 
     def forward(self, x, layers):
         x, maps = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last), {}

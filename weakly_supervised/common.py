@@ -96,11 +96,14 @@ class Setting:
         parts = [torch.from_numpy(np.array(array[rows])).to(self.device).float() for array in maps]
         return patch_features(parts, self.args.aggregate)
 
-    def score(self, maps, patch_scores, batch=16):
+    def batches(self, maps):
+        """Patch features of all images, 16 images at a time."""
+        return (self.patches(maps, slice(i, i + 16)) for i in range(0, len(maps[0]), 16))
+
+    def score(self, maps, patch_scores):
         """Scores of every patch, (n, P) on the CPU; patch_scores: (n, P, C) -> (n, P)."""
         with torch.no_grad():
-            return torch.cat([patch_scores(self.patches(maps, slice(i, i + batch))).cpu()
-                              for i in range(0, len(maps[0]), batch)])
+            return torch.cat([patch_scores(x).cpu() for x in self.batches(maps)])
 
 
 def refuse_results(*folders):

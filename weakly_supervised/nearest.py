@@ -24,8 +24,7 @@ def sample(setting, maps, most, seed):
     n, P = len(maps[0]), max(array.shape[2] * array.shape[3] for array in maps)
     keep = torch.zeros(n * P, dtype=torch.bool)
     keep[torch.randperm(n * P, generator=step_generator("cpu", seed, "patches", 0))[:most or n * P]] = True
-    return torch.cat([setting.patches(maps, slice(i, i + 16)).flatten(0, 1)[keep[i * P:(i + 16) * P].to(setting.device)]
-                      for i in range(0, n, 16)])
+    return torch.cat([x[kept.to(x.device)] for x, kept in zip(setting.batches(maps), keep.view(n, P).split(16), strict=True)])
 
 
 def greedy_coreset(x, m, generator, dims=128):

@@ -101,8 +101,8 @@ def main():
     maps, test = setting.begin()
     first = setting.patches(maps, slice(0, 1))
     normal = torch.empty(len(data.train), *first.shape[1:], dtype=torch.float16)        # (M, P, C), 0.3 MB an image by default
-    for i in range(0, len(normal), 16):
-        normal[i:i + 16] = setting.patches(maps, slice(i, i + 16)).cpu()
+    for part, x in zip(normal.split(16), setting.batches(maps), strict=True):
+        part.copy_(x)
     known = sample(setting, maps, args.patches, args.seed) if args.mining else None
     for shots, chosen, out in zip(args.shots, draws, outs, strict=True):
         out.mkdir(parents=True, exist_ok=True)
