@@ -608,7 +608,11 @@ def send(x, device):
 
 def to_float(images, channels, device):
     """uint8 (n, C', H, W) -> float (n, channels, H, W) in [0, 1] on the device; grey <-> RGB as needed."""
-    x = send(images, device).float() / 255
+    return to_channels(send(images, device).float() / 255, channels)
+
+
+def to_channels(x, channels):
+    """Images (n, C', H, W) in [0, 1] -> (n, channels, H, W): grey <-> RGB as needed."""
     if x.shape[1] < channels:
         return x.expand(-1, channels, -1, -1)
     if x.shape[1] > channels:
@@ -648,15 +652,27 @@ def synthetic_defects(images, kind, generator):
         keep = 1 - cover * uniform(0.4, 0.8, n, 1, 1)
         return (images * keep[:, None]).round().to(torch.uint8)
     if kind == "patch":
-        out = images.clone()
-        for i in range(n):
-            area, aspect = uniform(0.02, 0.15, 1).item(), math.exp(uniform(math.log(0.3), -math.log(0.3), 1).item())
-            h, w = (max(1, min(side, round(side * (area * r) ** 0.5))) for side, r in ((H, aspect), (W, 1 / aspect)))
-            y, x, y2, x2 = (int(uniform(0, side - s + 1, 1).item()) for side, s in ((H, h), (W, w), (H, h), (W, w)))
-            piece = images[i, :, y:y + h, x:x + w] * uniform(0.9, 1.1, 1)
-            out[i, :, y2:y2 + h, x2:x2 + w] = piece.round().clamp(0, 255).to(torch.uint8)
-        return out
+        def brighter(piece):
+            return (piece * uniform(0.9, 1.1, 1)).round().clamp(0, 255).to(torch.uint8)
+        return torch.stack([cut_paste(image, brighter, generator) for image in images])
     raise ValueError(f"defect {kind!r}: expected line or patch")
+
+
+def cut_paste(image, change, generator):
+    """A copy of image (C, H, W) with a random rectangle of 2-15% of the area, aspect 0.3 to 1/0.3, pasted at a random place.
+
+    change: what becomes of the piece on its way, (C, h, w) -> (C, h, w).  CutPaste, arXiv:2104.04015.
+    """
+    def uniform(low, high):
+        return torch.rand(1, generator=generator).item() * (high - low) + low
+
+    H, W = image.shape[1:]
+    area, aspect = uniform(0.02, 0.15), math.exp(uniform(math.log(0.3), -math.log(0.3)))
+    h, w = (max(1, min(side, round(side * (area * r) ** 0.5))) for side, r in ((H, aspect), (W, 1 / aspect)))
+    y, x, y2, x2 = (int(uniform(0, side - s + 1)) for side, s in ((H, h), (W, w), (H, h), (W, w)))
+    out = image.clone()
+    out[:, y2:y2 + h, x2:x2 + w] = change(image[:, y:y + h, x:x + w])
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

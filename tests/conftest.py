@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 
 import dia_lib
@@ -74,6 +76,21 @@ def folder(tmp_path_factory):
         for i in range(count):
             Image.fromarray(texture(rng, 40, defect)).save(root / name / f"{i:03d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file with random weights for torchvision's ResNet-18."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(folder, weights):
+    """Flags of a small run of a method with labelled anomalies."""
+    return ["--data", folder, "--backbone", "resnet18", "--weights", weights, "--image-size", 32, "--holdout", 0.3]
 
 
 @pytest.fixture(scope="session")

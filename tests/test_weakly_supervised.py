@@ -16,20 +16,6 @@ import dia_lib
 from weakly_supervised import backbones, common, nearest, results, wscxr
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file with random weights for torchvision's ResNet-18."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.save(torchvision.models.resnet18().state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tiny(folder, weights):
-    return ["--data", folder, "--backbone", "resnet18", "--weights", weights, "--image-size", 32, "--holdout", 0.3]
-
-
 # The mathematics -----------------------------------------------------------------------------------------------------
 
 
@@ -233,10 +219,11 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
     assert fewer == pytest.approx(metrics["patches_kept"] * 4 / 10, abs=1)              # four times the positions, a tenth kept
     # A training image has distance 0 when all patches are kept.
     setting = common.Setting(common.flags("", [3], 3), "x", [*map(str, tiny), "--out", str(tmp_path / "c")])
-    maps = setting.features(setting.data.train)
-    memory = nearest.sample(setting, maps, 0, 0)
+    memory = nearest.sample(setting, setting.features(setting.data.train), 0, 0)
     assert len(memory) == metrics["patches_kept"]
-    assert setting.score(maps, lambda x: nearest.nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2])).max() == 0
+    score = setting.by_patches(lambda x: nearest.nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]))
+    scores, maps = score(setting.data.train)
+    assert scores.shape == maps.shape[:1] == setting.data.train.shape[:1] and maps.max() == 0
 
 
 def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):

@@ -20,9 +20,10 @@ from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
 AGAIN = "the same command begins again, with the feature maps that are in the cache"
 
 
-def flags(description, layers, aggregate):
-    """The parser with the flags that all methods have; layers, aggregate: their defaults in this method."""
+def flags(description, layers, aggregate=None, size=256):
+    """The parser with the flags that all methods have; the others: defaults in this method, aggregate None: no such flag."""
     parser = argparse.ArgumentParser(description=description)
+    parser.set_defaults(default_size=size)
     shared_flags(parser)
     parser.add_argument("--out", help="the folder for results, which must not hold any yet (default: runs/<data>-<method>, and "
                         "-s<seed> for a seed above 0)")
@@ -30,11 +31,13 @@ def flags(description, layers, aggregate):
     parser.add_argument("--holdout", type=float, default=0.1, help="share of the normals set aside (default: 0.1)")
     parser.add_argument("--backbone", default=LITE, help=f"{', '.join(NAMES)}, or dia:RUN (default: {LITE})")
     parser.add_argument("--weights", metavar="FILE", help="the backbone's state dict (default: ImageNet weights are downloaded)")
-    parser.add_argument("--image-size", type=int, help="side in pixels the backbone sees (default: 256; dia:RUN: as in the run)")
+    parser.add_argument("--image-size", type=int, help=f"side in pixels the backbone sees (default: {size}; dia:RUN: as in the "
+                        "run)")
     parser.add_argument("--layers", type=int, nargs="+", default=layers, choices=(1, 2, 3, 4),
                         help=f"depths of the feature maps (default: {' '.join(map(str, layers))})")
-    parser.add_argument("--aggregate", type=int, default=aggregate, metavar="P",
-                        help=f"side of the neighbourhood a patch is the mean of, odd (default: {aggregate})")
+    if aggregate is not None:
+        parser.add_argument("--aggregate", type=int, default=aggregate, metavar="P",
+                            help=f"side of the neighbourhood a patch is the mean of, odd (default: {aggregate})")
     parser.add_argument("--fpr", type=float, default=0.05, help="false-positive rate of decisions (default: 0.05)")
     parser.add_argument("--maps", action="store_true", help="write a heat map for each test image to OUT/maps")
     return parser
@@ -55,8 +58,8 @@ class Setting:
     def __init__(self, parser, method, argv=None):
         args = self.args = parser.parse_args(argv)
         self.changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
-        self.method = method
-        if args.aggregate < 1 or args.aggregate % 2 == 0:
+        self.method, size = method, vars(args).pop("default_size")
+        if "aggregate" in args and (args.aggregate < 1 or args.aggregate % 2 == 0):
             raise SystemExit(f"--aggregate {args.aggregate}: needs an odd number from 1 on.")
         if not 0 < args.fpr < 1:
             raise SystemExit(f"--fpr {args.fpr}: needs a share between 0 and 1.")
@@ -66,10 +69,11 @@ class Setting:
             raise SystemExit(f"--image-size {args.image_size}: needs at least 16.")
         args.layers = sorted(set(args.layers))
         self.out = Path(args.out or f"runs/{data_name(args.data)}-{method}" + (f"-s{args.seed}" if args.seed else ""))
-        refuse_results(self.out)
+        if "resume" not in args:
+            refuse_results(self.out)
         self.device = pick_device(args.device)
         self.backbone = load_backbone(args.backbone, args.weights, self.device)
-        self.size = args.image_size = args.image_size or self.backbone.size
+        self.size = args.image_size = args.image_size or self.backbone.size or size
         self.data = load_data(args.data, self.size, ("train", "test"), args.holdout, args.normal_class, args.skip_bad_images)
         self.labels = self.data.labels.numpy()
         run = self.backbone.fingerprint
@@ -100,17 +104,31 @@ class Setting:
         """Patch features of all images, 16 images at a time."""
         return (self.patches(maps, slice(i, i + 16)) for i in range(0, len(maps[0]), 16))
 
-    def score(self, maps, patch_scores):
-        """Scores of every patch, (n, P) on the CPU; patch_scores: (n, P, C) -> (n, P)."""
-        with torch.no_grad():
-            return torch.cat([patch_scores(x).cpu() for x in self.batches(maps)])
+    def by_patches(self, patch_scores):
+        """How `finish` scores images: by their most anomalous patch. patch_scores: features (n, P, C) -> scores (n, P)."""
+        @torch.no_grad()
+        def score(images):
+            if not len(images):
+                return torch.empty(0), torch.empty(0, 1)
+            maps = torch.cat([patch_scores(x).cpu() for x in self.batches(self.features(images))])              # (n, P)
+            return maps.amax(1), maps
+        return score
 
 
-def refuse_results(*folders):
-    """Exit if one of the folders holds the results of a run."""
+def refuse_results(*folders, checkpoint=None):
+    """Exit if one of the folders holds the results of a run, or a checkpoint of that name."""
     for folder in folders:
         if (folder / "metrics.json").exists():
             raise SystemExit(f"{folder} holds results already. Choose another folder with --out, or remove it.")
+        if checkpoint and (folder / checkpoint).exists():
+            raise SystemExit(f"{folder} holds {checkpoint} already: go on with --resume, choose another folder with --out, or "
+                             "remove it.")
+
+
+def folders_of(setting):
+    """{number of shots: its folder}: OUT, or OUT/shots-N if there are several."""
+    shots = setting.args.shots = sorted(set(setting.args.shots))
+    return {n: setting.out / f"shots-{n}" if len(shots) > 1 else setting.out for n in shots}
 
 
 def patch_features(maps, aggregate):
@@ -144,18 +162,18 @@ def draw_shots(labels, groups, shots, seed, anomaly_class=None):
     return np.random.RandomState(seed).permutation(anomalies)[:shots]
 
 
-def validate(setting, patch_scores, held_scores):
+def validate(setting, score, held_scores):
     """AUROC of held-out normals (256 at most) against the same images with a synthetic defect: to choose by.
 
-    held_scores: (n,) of the held-out normals that may choose. None without any.
+    score: as in `finish`; held_scores: (n,) of the held-out normals that may choose. None without any.
     """
     held, found = setting.data.held[~setting.data.calibration][:256], []
     if not len(held):
         return None
     for i, kind in enumerate(("line", "patch")):
         defects = synthetic_defects(held, kind, step_generator("cpu", 0, "synthetic defects", i))
-        scores = setting.score(setting.features(defects), patch_scores).amax(1)
-        found.append(float(roc_auc_score([0] * len(held) + [1] * len(defects), torch.cat([held_scores[:256], scores]))))
+        scores = torch.cat([held_scores[:256], score(defects)[0]])
+        found.append(float(roc_auc_score([0] * len(held) + [1] * len(defects), scores)))
     return sum(found) / 2
 
 
@@ -166,18 +184,19 @@ def youden(labels, scores):
     return float(f1_score(labels, decided)), float((decided == labels).mean())
 
 
-def finish(setting, patch_scores, out=None, shots=None, **more):
-    """Score held-out and test images by patch_scores ((n, P, C) -> (n, P)); write and print the results; return metrics.
+def finish(setting, score, out=None, shots=None, **more):
+    """Score held-out and test images, write and print the results; return metrics.
 
-    An image's score is that of its most anomalous patch.  out: another folder than the setting's.  shots: indices of the
-    test images that were trained on, which are left out.  more: further entries of metrics.json.
+    score: images (n, C, H, W) uint8 -> their scores (n,) and, for pictures, those of their patches (n, P), on the CPU.
+    out: another folder than the setting's.  shots: indices of the test images that were trained on, which are left out.
+    more: further entries of metrics.json.
     """
     data, args, out = setting.data, setting.args, out or setting.out
-    held = setting.score(setting.features(data.held), patch_scores) if len(data.held) else torch.empty(0, 1)
-    calibration = held.amax(1)[data.calibration].numpy()
+    held, held_maps = score(data.held)
+    calibration = held[data.calibration].numpy()
     test = np.setdiff1d(np.arange(len(data.labels)), [] if shots is None else shots)
-    maps = setting.score(setting.features(data.test), patch_scores)                                     # (Q, P)
-    scores, labels, groups = maps.amax(1).numpy(), setting.labels, np.array(data.groups)
+    scores, maps = score(data.test)                                                                     # (Q,), (Q, P)
+    scores, labels, groups = scores.numpy(), setting.labels, np.array(data.groups)
     p = p_values(calibration, scores)
 
     def measured(rows):
@@ -189,7 +208,7 @@ def finish(setting, patch_scores, out=None, shots=None, **more):
         apart = {name: float(roc_auc_score(labels[rows], scores[rows])) for name, rows in
                  (("auroc_seen_class", test[seen | normal]), ("auroc_all", test))}
         test = test[~seen | normal]
-    metrics = {**measured(test), **apart, "val_auroc": validate(setting, patch_scores, held.amax(1)[~data.calibration]), **more}
+    metrics = {**measured(test), **apart, "val_auroc": validate(setting, score, held[~data.calibration]), **more}
     metrics |= {"f1_at_fpr": None, "accuracy_at_fpr": None}
     if not impossible(len(calibration), args.fpr):
         decided = p[test] <= args.fpr
@@ -204,7 +223,7 @@ def finish(setting, patch_scores, out=None, shots=None, **more):
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.csv", *([values[i] for i in test] for values in (data.paths, data.groups)), labels[test],
                  scores[test], p[test], args.fpr, len(calibration))
-    pictures(setting, out, maps, test, held if len(held) else maps)
+    pictures(setting, out, scores, maps, test, held_maps if len(held) else maps)
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
     Log(out, "evaluate", math.inf)(0, show=False, **{k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")})
     tell(metrics)
@@ -215,12 +234,12 @@ def finish(setting, patch_scores, out=None, shots=None, **more):
         print(f"  at that threshold F1 {metrics['f1_at_fpr']:.3f}, accuracy {metrics['accuracy_at_fpr']:.3f}")
     if metrics["val_auroc"] is not None:
         print(f"  synthetic defects on held-out normals: AUROC {metrics['val_auroc']:.3f}")
-    print(f"  wrote scores.csv, metrics.json, examples.png{', maps/' if args.maps else ''} to {out}; "
-          f"{metrics['seconds']:.0f} s after the feature maps", flush=True)
+    print(f"  wrote scores.csv, metrics.json, examples.png{', maps/' if args.maps else ''} to {out} "
+          f"after {metrics['seconds']:.0f} s", flush=True)
     return metrics
 
 
-def pictures(setting, out, maps, test, normal):
+def pictures(setting, out, scores, maps, test, normal):
     """examples.png, and with --maps OUT/maps/: heat maps over images. Red begins at the normal images' median patch."""
     low, high = normal.median(), torch.quantile(maps[test].amax(1), 0.99)
 
@@ -231,7 +250,7 @@ def pictures(setting, out, maps, test, normal):
         red = torch.stack([heat, torch.zeros_like(heat), torch.zeros_like(heat)])
         return image, image * (1 - 0.6 * heat) + 0.6 * red
 
-    order = torch.from_numpy(test)[maps[test].amax(1).argsort(descending=True)]
+    order = torch.from_numpy(test[np.argsort(-scores[test], kind="stable")])
     labels, rows = setting.data.labels[order], {}
     for name, label in (("anomalies", 1), ("normals", 0)):
         ranked = order[labels == label].tolist()

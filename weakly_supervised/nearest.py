@@ -58,7 +58,8 @@ def main():
     if args.coreset < 1:
         generator = step_generator("cpu", args.seed, "coreset", 0)
         memory = memory[greedy_coreset(memory, max(1, round(len(memory) * args.coreset)), generator)]
-    metrics = finish(setting, lambda x: nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]), patches_kept=len(memory))
+    score = setting.by_patches(lambda x: nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]))
+    metrics = finish(setting, score, patches_kept=len(memory))
     print(f"auroc {metrics['auroc']:.4f}")
 
 
