@@ -1,0 +1,298 @@
+"""DRA: a network trained end to end, with a head for each of several kinds of anomaly, by a few labelled and many made ones.
+
+Ding, Pang and Shen 2022, "Catching Both Gray and Black Swans" (arXiv:2203.14506), Sec. 3, with its equation numbers. `--heads
+seen` is DevNet (arXiv:2108.00462): the labelled anomalies alone, by the same loss.
+"""
+
+import json
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from dia_lib import (
+    Log,
+    autocast,
+    batch_indices,
+    check_batch,
+    check_loss,
+    check_weights,
+    cut_paste,
+    load_checkpoint,
+    precision,
+    run,
+    save_checkpoint,
+    step_generator,
+    to_channels,
+    to_float,
+)
+from weakly_supervised.common import Setting, draw_shots, finish, flags, folders_of, refuse_results, shots_flags
+
+HEADS = ("seen", "pseudo", "residual", "normality")
+NORMAL, SEEN, PSEUDO = 0, 1, 2                                              # kinds of training images
+LEARNS = {                                                                  # head: kinds that it sees, kinds with y = 1
+    "seen": ((NORMAL, SEEN), (SEEN,)),                                      # Eq. 3
+    "pseudo": ((NORMAL, PSEUDO), (PSEUDO,)),                                # Eq. 5
+    "residual": ((NORMAL, SEEN, PSEUDO), (SEEN, PSEUDO)),                   # Eq. 8
+    "normality": ((NORMAL, SEEN, PSEUDO), (NORMAL,)),                       # Eq. 9
+    "joint": ((NORMAL, SEEN, PSEUDO), (SEEN, PSEUDO)),                      # not disentangled (Sec. 4.5): one head for all
+}
+OPTIMIZERS = {"code": (2e-4, 1e-5), "paper": (1e-3, 1e-2)}                  # Adam's learning rate and weight decay
+STEPS = 20                                                                  # steps an epoch
+
+
+class PatchHead(nn.Module):
+    """Score of each position by a 1x1 convolution; the image's is the mean of the highest tenth (Eq. 2-3).
+
+    forward(maps (n, C, h, w)) -> image scores (n,), position scores (n, h*w), all >= 0.  composite: a 3x3 convolution before.
+    """
+
+    def __init__(self, channels, composite=False):
+        super().__init__()
+        conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.before = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()) if composite else nn.Identity()
+        self.score = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, maps):
+        positions = self.score(self.before(maps)).flatten(1).abs()
+        return positions.topk(max(1, positions.shape[1] // 10)).values.mean(1), positions
+
+
+class NormalityHead(nn.Module):
+    """Score of the mean over all positions, high for normal images (Eq. 9): maps (n, C, h, w) -> (n,), all >= 0."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(channels, 256), nn.ReLU(), nn.Linear(256, 1))
+
+    def forward(self, maps):
+        return self.score(maps.mean((2, 3))).squeeze(1).abs()
+
+
+class DRA(nn.Module):
+    """Backbone and heads.
+
+    maps(x): images (n, channels, H, W) in [0, 1] -> feature maps (n, C, h, w), one for each scale: 1, and 1/2 if scales is 2.
+    forward(maps, reference): reference, for each scale the mean map (1, C, h, w) of normal images -> {head: scores (n,)},
+    the mean over scales, and the positions' scores at the first scale (n, h*w), the sum over heads.
+    """
+
+    def __init__(self, backbone, layer, heads=HEADS, scales=1):
+        super().__init__()
+        self.backbone, self.layer, self.scales = backbone, layer, scales
+        channels = backbone(torch.zeros(1, backbone.channels, 64, 64, device=backbone.mean.device), (layer,))[0].shape[1]
+        backbone.requires_grad_()
+        self.heads = nn.ModuleDict({head: NormalityHead(channels) if head == "normality" else
+                                    PatchHead(channels, composite=head == "residual") for head in heads})
+
+    def maps(self, x):
+        with autocast(x.device):
+            return [self.backbone(F.interpolate(x, scale_factor=0.5 ** i) if i else x, (self.layer,))[0]
+                    for i in range(self.scales)]
+
+    def forward(self, maps, reference):
+        scores, positions = dict.fromkeys(self.heads, 0.0), torch.zeros_like(maps[0][:, 0]).flatten(1)
+        for i, (m, r) in enumerate(zip(maps, reference, strict=True)):
+            for name, head in self.heads.items():
+                found = head(r - m if name == "residual" else m)                                        # Eq. 7
+                if name != "normality":
+                    found, at = found
+                    positions = positions + at if i == 0 else positions
+                scores[name] = scores[name] + found / self.scales
+        return scores, positions
+
+
+def reference_of(maps):
+    """The mean over images of maps [(n, C, h, w), ...]: [(1, C, h, w), ...].  Eq. 6."""
+    return [m.mean(0, keepdim=True) for m in maps]
+
+
+def anomaly_score(scores):
+    """{head: (n,)} -> (n,): the heads for anomalies, less the head for normality (Sec. 3.2, "Training and Inference")."""
+    return sum(-value if head == "normality" else value for head, value in scores.items())
+
+
+def deviation_loss(scores, y, generator, margin=5.0):
+    """Mean of (1 - y) |dev| + y max(0, margin - dev), dev = (score - mean) / sd of 5,000 draws of N(0, 1).
+
+    scores, y: (n,), y 1 for what shall score high.  Pang et al. 2019 (arXiv:1911.08623), Eq. 4-6.
+    """
+    prior = torch.randn(5000, generator=generator, device=scores.device)
+    deviation = (scores - prior.mean()) / prior.std()
+    return torch.where(y == 1, (margin - deviation).relu(), deviation.abs()).mean()
+
+
+def head_losses(scores, kind, generator):
+    """{head: deviation loss} over the images that each learns from; kind: (n,) NORMAL, SEEN or PSEUDO."""
+    losses = {}
+    for head, s in scores.items():
+        sees, high = (torch.isin(kind, torch.tensor(kinds, device=kind.device)) for kinds in LEARNS[head])
+        losses[head] = deviation_loss(s[sees], high[sees].float(), generator)
+    return losses
+
+
+def cutmix(image, generator):
+    """A pseudo anomaly: a piece of image (C, H, W) in [0, 1], its colours jittered by up to a tenth, pasted elsewhere.  Eq. 4."""
+    brightness, contrast, saturation, hue = ((torch.rand(4, generator=generator) - 0.5) * 0.2).tolist()
+    change = [lambda p: TF.adjust_brightness(p, 1 + brightness), lambda p: TF.adjust_contrast(p, 1 + contrast),
+              lambda p: TF.adjust_saturation(p, 1 + saturation), lambda p: TF.adjust_hue(p, hue)]
+
+    def jitter(piece):
+        for i in torch.randperm(4 if len(piece) == 3 else 2, generator=generator).tolist():         # grey has no hue
+            piece = change[i](piece)
+        return piece
+    return cut_paste(image, jitter, generator)
+
+
+def rotate(x, degrees):
+    """Images (n, C, H, H), each turned about its centre by its own of degrees (n,), counterclockwise; black beyond the border."""
+    cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
+    zero = torch.zeros_like(cos)
+    theta = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+
+
+def cycle(n, batch, seed, step):
+    """Indices (batch,) of a step that goes through n labelled anomalies again and again, each time in another order."""
+    turns, at = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
+    orders = {turn: torch.randperm(n, generator=step_generator("cpu", seed, "anomalies", turn)) for turn in set(turns.tolist())}
+    return torch.stack([orders[turn][i] for turn, i in zip(turns.tolist(), at.tolist(), strict=True)])
+
+
+def draw_batch(normals, anomalies, batch_size, pseudo, seed, step):
+    """A step's images (batch_size, C, H, W) in [0, 1], and their kind (batch_size,), on the CPU; turned by any angle.
+
+    normals, anomalies: uint8.  A third are labelled anomalies; pseudo: a third are pseudo anomalies, made from normal images,
+    else these stay normal.
+    """
+    generator = step_generator("cpu", seed, "dra", step)
+    third = batch_size // 3
+    rows = batch_indices(len(normals), 2 * third, seed, step).sort().values                         # in the file's order
+    x = torch.cat([normals[rows], anomalies[cycle(len(anomalies), third, seed, step)]]).float() / 255
+    kind = torch.tensor([NORMAL] * 2 * third + [SEEN] * third)
+    if pseudo:
+        for i in torch.randperm(2 * third, generator=generator)[:third]:
+            x[i], kind[i] = cutmix(x[i], generator), PSEUDO
+    return rotate(x, (torch.rand(len(x), generator=generator) * 2 - 1) * 180), kind
+
+
+def train(setting, model, references, anomalies, out):
+    """Train a DRA model on the setting's normals and the anomalies (n, C, H, W) uint8; from OUT/dra.pt with --resume."""
+    args, device, normals = setting.args, setting.device, setting.data.train
+    lr, decay = OPTIMIZERS[args.optimizer]
+    optimizer = torch.optim.Adam(model.parameters(), lr, weight_decay=decay)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "maps", "fpr")}
+    settings |= {"shots": len(anomalies), "fingerprint": setting.data.fingerprint}
+    step, seconds, path = 0, 0.0, out / "dra.pt"
+    if args.resume and path.exists():
+        state = load_checkpoint(path, "dra", device)
+        for name, value in settings.items():
+            if state["settings"].get(name) != value:
+                raise SystemExit(f"{path} was trained with {name} {state['settings'].get(name)}, not {value}: --resume needs the "
+                                 "same command.")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    out.mkdir(parents=True, exist_ok=True)
+    log, losses, begun = Log(out, "dra", step), [], time.perf_counter() - seconds
+    start, steps, pseudo = step, args.epochs * STEPS, any(PSEUDO in LEARNS[head][0] for head in args.heads)
+    model.train()
+    for step in tqdm(range(start, steps), f"{len(anomalies)} labelled", steps, initial=start, unit="step", disable=None):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (0.1 ** ((step // STEPS + 1) // 10) if args.optimizer == "code" else 1)
+        images, kind = draw_batch(normals, anomalies, args.batch_size, pseudo, args.seed, step)
+        x = torch.cat([references, images]).to(device)
+        maps = model.maps(to_channels(x, setting.backbone.channels))
+        reference = reference_of([m[:len(references)] for m in maps])
+        scores, _ = model([m[len(references):] for m in maps], reference)
+        found = head_losses(scores, kind.to(device), step_generator(device, args.seed, "deviation", step))
+        loss = sum(found.values())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(torch.stack([loss.detach(), *(v.detach() for v in found.values())]))
+        done = step + 1
+        if done % STEPS == 0:
+            values = torch.stack(losses).cpu()                                                      # (20, 1 + heads)
+            check_loss(values[:, 0].tolist(), done, lr)
+            losses, seconds = [], time.perf_counter() - begun
+            log(done // STEPS, show=False, seconds=round(seconds, 1),
+                **dict(zip(("loss", *found), values.mean(0).tolist(), strict=True)))
+            if done % (5 * STEPS) == 0 or done == steps:
+                check_weights(model, done, lr)
+                save_checkpoint(path, "dra", settings, {"step": done, "seconds": seconds, "model": model.state_dict(),
+                                                        "optimizer": optimizer.state_dict()})
+    setting.begun = time.perf_counter() - seconds
+    return model.eval()
+
+
+def scorer(setting, model, references, batch=32):
+    """How `finish` scores images; the reference is that of the same clean images for all of them."""
+    channels, device = setting.backbone.channels, setting.device
+    with torch.no_grad():
+        reference = reference_of(model.maps(to_channels(references.to(device), channels)))
+
+    @torch.no_grad()
+    def score(images):
+        scores, positions = [torch.empty(0)], [torch.empty(0, reference[0][0, 0].numel())]
+        for part in images.split(batch):
+            of_heads, at = model(model.maps(to_float(part, channels, device)), reference)
+            scores.append(anomaly_score(of_heads).cpu())
+            positions.append(at.cpu())
+        return torch.cat(scores), torch.cat(positions)
+    return score
+
+
+def main():
+    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[4], size=224))
+    parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=LEARNS, help=f"which to train and to sum (default: "
+                        f"{' '.join(HEADS)}; seen: DevNet; joint: one for all anomalies)")
+    parser.add_argument("--references", type=int, default=5, help="normal images that residuals are taken from (default: 5)")
+    parser.add_argument("--scales", type=int, choices=(1, 2), default=1, help="2: also at half the size (default: 1)")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="code", help="Adam as released, 2e-4, decay 1e-5, a tenth "
+                        "after each 10 epochs; or as in the paper, 1e-3, decay 1e-2 (default: code)")
+    parser.add_argument("--epochs", type=int, default=30, help=f"of {STEPS} steps each (default: 30)")
+    parser.add_argument("--batch-size", type=int, default=48, help="images a step, a third of them labelled anomalies, a third "
+                        "pseudo anomalies (default: 48)")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/dra.pt, with the same flags")
+    setting = Setting(parser, "dra")
+    args, data = setting.args, setting.data
+    if len(args.layers) > 1:
+        raise SystemExit(f"--layers {' '.join(map(str, args.layers))}: needs one of 1 to 4 here.")
+    if args.batch_size < 3 or args.batch_size % 3:
+        raise SystemExit(f"--batch-size {args.batch_size}: needs a multiple of 3.")
+    check_batch(args.batch_size // 3 * 2, len(data.train))
+    if not 1 <= args.references <= len(data.train) or args.epochs < 1:
+        raise SystemExit(f"--references needs a number from 1 to {len(data.train)}, --epochs at least 1.")
+    args.heads = [head for head in LEARNS if head in args.heads]
+    outs = folders_of(setting)
+    draws = [draw_shots(setting.labels, data.groups, shots, args.seed, args.anomaly_class) for shots in outs]
+    if not args.resume:
+        refuse_results(*outs.values(), checkpoint="dra.pt")
+    picked = torch.randperm(len(data.train), generator=step_generator("cpu", args.seed, "references", 0))[:args.references]
+    references = data.train[picked.sort().values]                           # clean, and the same ones in training and testing
+    print(f"dra, {data.name}: {len(data.train)} training normals and {', '.join(map(str, outs))} labelled anomalies, "
+          f"{args.backbone} at {setting.size} px, layer {args.layers[0]}, heads {', '.join(args.heads)}; {args.epochs * STEPS} "
+          f"steps of {args.batch_size}, seed {args.seed}; {setting.device}, {precision(setting.device)}", flush=True)
+    fresh = {k: v.clone() for k, v in setting.backbone.state_dict().items()}
+    for out, chosen in zip(outs.values(), draws, strict=True):
+        if (out / "metrics.json").exists():
+            metrics = json.loads((out / "metrics.json").read_text())
+            print(f"{out} has its results already")
+            continue
+        torch.manual_seed(args.seed)                                        # the heads' first weights
+        setting.backbone.load_state_dict(fresh)
+        model = DRA(setting.backbone.eval(), args.layers[0], args.heads, args.scales)
+        model.to(setting.device, memory_format=torch.channels_last)
+        model = train(setting, model, references / 255, data.test[torch.from_numpy(chosen)], out)
+        metrics = finish(setting, scorer(setting, model, references / 255), out, chosen)
+    print(f"auroc {metrics['auroc']:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)
