@@ -168,6 +168,8 @@ def test_depthwise_convolutions_are_the_same_in_float32(monkeypatch):
     with torch.no_grad():
         whole = backbone(x, (3,))[0]
     assert seen == [torch.float32] * 2 and len(strided) == 4
+    norms = [m for m in dra.DRA(backbone, 3).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {m.momentum for m in norms} == {0.1}                             # its own, 0.01, lags behind 600 steps of training
     assert torch.nn.functional.cosine_similarity(half.flatten(), whole.flatten(), 0) > 0.999
 
 
@@ -242,13 +244,14 @@ def test_scores_are_the_same_at_every_evaluation(tiny, tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
     args = [*tiny, *FEW, "--heads", "seen", "residual", "--epochs", 7, "--shots", 2]
     assert call(dra, *args, "--out", tmp_path / "whole") is None
-    real = dra.save_checkpoint
+    real = dra.draw_batch
 
-    def stop(path, *rest):
-        real(path, *rest)
-        raise KeyboardInterrupt
+    def stop(*batch):
+        if batch[-1] == 125:                                                # the last checkpoint is of step 100, the log of 120
+            raise KeyboardInterrupt
+        return real(*batch)
     with monkeypatch.context() as m:
-        m.setattr(dra, "save_checkpoint", stop)
+        m.setattr(dra, "draw_batch", stop)
         assert call(dra, *args, "--out", tmp_path / "cut") == 130
     assert torch.load(tmp_path / "cut/dra.pt", weights_only=True)["step"] == 100
     assert "go on with --resume" in call(dra, *args, "--out", tmp_path / "cut")

@@ -9,11 +9,23 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import f1_score, roc_auc_score, roc_curve
+from scipy import ndimage
+from sklearn.metrics import auc, f1_score, roc_auc_score, roc_curve
 from torchvision.transforms.functional import gaussian_blur
 
-from dia_data import data_name, load_data
-from dia_lib import Log, pick_device, save_grid, shared_flags, step_generator, synthetic_defects, to_float
+from dia_data import _decode, data_name, load_data
+from dia_lib import (
+    Log,
+    check_weights,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+    save_grid,
+    shared_flags,
+    step_generator,
+    synthetic_defects,
+    to_float,
+)
 from evaluate import impossible, measure, p_values, tell, write, write_scores
 from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
 
@@ -115,20 +127,67 @@ class Setting:
         return score
 
 
-def refuse_results(*folders, checkpoint=None):
-    """Exit if one of the folders holds the results of a run, or a checkpoint of that name."""
-    for folder in folders:
-        if (folder / "metrics.json").exists():
-            raise SystemExit(f"{folder} holds results already. Choose another folder with --out, or remove it.")
-        if checkpoint and (folder / checkpoint).exists():
-            raise SystemExit(f"{folder} holds {checkpoint} already: go on with --resume, choose another folder with --out, or "
-                             "remove it.")
+def refuse_results(folder):
+    """Exit if the folder holds the results of a run."""
+    if (folder / "metrics.json").exists():
+        raise SystemExit(f"{folder} holds results already. Choose another folder with --out, or remove it.")
 
 
-def folders_of(setting):
-    """{number of shots: its folder}: OUT, or OUT/shots-N if there are several."""
-    shots = setting.args.shots = sorted(set(setting.args.shots))
-    return {n: setting.out / f"shots-{n}" if len(shots) > 1 else setting.out for n in shots}
+def runs_of(setting):
+    """[(folder, indices of the labelled anomalies)] for each of --shots: OUT, or OUT/shots-N if there are several.
+
+    Exits where one cannot be drawn, or its folder holds a run already and --resume is not given.
+    """
+    args, data, runs = setting.args, setting.data, []
+    shots = args.shots = sorted(set(args.shots))
+    for n in shots:
+        out = setting.out / f"shots-{n}" if len(shots) > 1 else setting.out
+        chosen = draw_shots(setting.labels, data.groups, n, args.seed, args.anomaly_class) if n else np.array([], int)
+        if not getattr(args, "resume", False):
+            refuse_results(out)
+            if "resume" in args and (out / f"{setting.method}.pt").exists():
+                raise SystemExit(f"{out} holds {setting.method}.pt already: go on with --resume, choose another folder with "
+                                 "--out, or remove it.")
+        runs.append((out, chosen))
+    return runs
+
+
+def results_of(out):
+    """metrics.json of a run that is to be resumed and has it already; None where it has none."""
+    if not (out / "metrics.json").exists():
+        return None
+    print(f"{out} has its results already")
+    return json.loads((out / "metrics.json").read_text())
+
+
+class Checkpoint:
+    """OUT/<method>.pt: model, optimizers, step and seconds of a run, for --resume.  shots: its number of labelled anomalies."""
+
+    def __init__(self, setting, out, model, optimizers, shots):
+        args = setting.args
+        self.path, self.kind, self.resume, self.device = out / f"{setting.method}.pt", setting.method, args.resume, setting.device
+        self.parts = {"model": model, **optimizers}
+        self.settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "device", "resume", "maps", "fpr")}
+        self.settings |= {"shots": shots, "fingerprint": setting.data.fingerprint}
+
+    def load(self):
+        """(step, seconds) to go on from: (0, 0.0) without --resume or a checkpoint. Exits if other flags made it."""
+        if not self.resume or not self.path.exists():
+            return 0, 0.0
+        state = load_checkpoint(self.path, self.kind, self.device)
+        for name, value in self.settings.items():
+            if state["settings"].get(name) != value:
+                raise SystemExit(f"{self.path} was trained with {name} {state['settings'].get(name)}, not {value}: --resume "
+                                 "needs the same command.")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        return state["step"], state["seconds"]
+
+    def save(self, step, seconds, lr):
+        """Write it, unless a weight is not finite. lr: for that sentence."""
+        check_weights(self.parts["model"], step, lr)
+        save_checkpoint(self.path, self.kind, self.settings, {
+            "step": step, "seconds": seconds, **{name: part.state_dict() for name, part in self.parts.items()}})
 
 
 def patch_features(maps, aggregate):
@@ -162,6 +221,13 @@ def draw_shots(labels, groups, shots, seed, anomaly_class=None):
     return np.random.RandomState(seed).permutation(anomalies)[:shots]
 
 
+def cycle(n, batch, seed, step):
+    """Indices (batch,) of a step that goes through n labelled anomalies again and again, each time in another order."""
+    turns, at = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
+    orders = {turn: torch.randperm(n, generator=step_generator("cpu", seed, "anomalies", turn)) for turn in set(turns.tolist())}
+    return torch.stack([orders[turn][i] for turn, i in zip(turns.tolist(), at.tolist(), strict=True)])
+
+
 def validate(setting, score, held_scores):
     """AUROC of held-out normals (256 at most) against the same images with a synthetic defect: to choose by.
 
@@ -182,6 +248,41 @@ def youden(labels, scores):
     false, true, thresholds = roc_curve(labels, scores)
     decided = scores >= thresholds[(true - false).argmax()]
     return float(f1_score(labels, decided)), float((decided == labels).mean())
+
+
+def masks_of(data, paths, size):
+    """Where the anomalies are, (Q, size, size) bool, of test images in MVTec's layout; None where there is no ground_truth.
+
+    data: the folder; paths: relative, test/<group>/<name>.png, whose mask is ground_truth/<group>/<name>_mask.png. An image
+    without a mask has no anomaly.
+    """
+    root = Path(data).expanduser()
+    if not (root / "ground_truth").is_dir():
+        return None
+    masks = torch.zeros(len(paths), size, size, dtype=torch.bool)
+    for i, path in enumerate(paths):
+        group, name = Path(path).parts[1:-1], Path(path).stem
+        file = root.joinpath("ground_truth", *group, f"{name}_mask.png")
+        if file.is_file():
+            masks[i] = torch.from_numpy(_decode(file, size)[0][0] > 127)
+    return masks
+
+
+def pixel_metrics(heat, masks, most=0.3):
+    """pixel_auroc, and pro: the share of a region that is found, in the mean over regions, over false-positive rates to `most`.
+
+    heat: (Q, H, H) float; masks: (Q, H, H) bool. A region is a connected one, over corners too. Bergmann et al. 2020
+    (arXiv:1911.02357), Sec. 4; the area is divided by `most`, so that 1 is perfect.
+    """
+    weights = np.ones(masks.shape)
+    for weight, mask in zip(weights, masks.numpy(), strict=True):
+        regions, _ = ndimage.label(mask, np.ones((3, 3)))
+        weight[mask] = 1 / np.bincount(regions.ravel())[regions[mask]]
+    found, values = masks.numpy().ravel(), heat.numpy().ravel()
+    false, pro, _ = roc_curve(found, values, sample_weight=weights.ravel())
+    within = false < most
+    area = auc(np.append(false[within], most), np.append(pro[within], np.interp(most, false, pro))) / most
+    return {"pixel_auroc": float(roc_auc_score(found, values)), "pro": float(area)}
 
 
 def finish(setting, score, out=None, shots=None, **more):
@@ -223,6 +324,9 @@ def finish(setting, score, out=None, shots=None, **more):
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.csv", *([values[i] for i in test] for values in (data.paths, data.groups)), labels[test],
                  scores[test], p[test], args.fpr, len(calibration))
+    masks = masks_of(args.data, [data.paths[i] for i in test], setting.size)
+    if masks is not None and masks.any():
+        metrics |= pixel_metrics(torch.stack([heat_map(maps[i], setting.size) for i in test]), masks)
     pictures(setting, out, scores, maps, test, held_maps if len(held) else maps)
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
     Log(out, "evaluate", math.inf)(0, show=False, **{k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")})
@@ -230,6 +334,8 @@ def finish(setting, score, out=None, shots=None, **more):
     if apart:
         print(f"  that is of anomalies other than {args.anomaly_class}; of {args.anomaly_class} {apart['auroc_seen_class']:.4f}, "
               f"of all {apart['auroc_all']:.4f}")
+    if "pro" in metrics:
+        print(f"  pixels: AUROC {metrics['pixel_auroc']:.4f}, PRO {metrics['pro']:.4f}")
     if metrics["f1_at_fpr"] is not None:
         print(f"  at that threshold F1 {metrics['f1_at_fpr']:.3f}, accuracy {metrics['accuracy_at_fpr']:.3f}")
     if metrics["val_auroc"] is not None:

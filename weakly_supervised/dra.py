@@ -4,10 +4,8 @@ Ding, Pang and Shen 2022, "Catching Both Gray and Black Swans" (arXiv:2203.14506
 seen` is DevNet (arXiv:2108.00462): the labelled anomalies alone, by the same loss.
 """
 
-import json
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,17 +18,14 @@ from dia_lib import (
     batch_indices,
     check_batch,
     check_loss,
-    check_weights,
     cut_paste,
-    load_checkpoint,
     precision,
     run,
-    save_checkpoint,
     step_generator,
     to_channels,
     to_float,
 )
-from weakly_supervised.common import Setting, draw_shots, finish, flags, folders_of, refuse_results, shots_flags
+from weakly_supervised.common import Checkpoint, Setting, cycle, finish, flags, results_of, runs_of, shots_flags
 
 HEADS = ("seen", "pseudo", "residual", "normality")
 NORMAL, SEEN, PSEUDO = 0, 1, 2                                              # kinds of training images
@@ -86,6 +81,9 @@ class DRA(nn.Module):
         self.backbone, self.layer, self.scales = backbone, layer, scales
         channels = backbone(torch.zeros(1, backbone.channels, 64, 64, device=backbone.mean.device), (layer,))[0].shape[1]
         backbone.requires_grad_()
+        for module in backbone.modules():                                   # efficientnet_lite0 has 0.01: too slow for 600 steps
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1
         self.heads = nn.ModuleDict({head: NormalityHead(channels) if head == "normality" else
                                     PatchHead(channels, composite=head == "residual") for head in heads})
 
@@ -156,13 +154,6 @@ def rotate(x, degrees):
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
 
 
-def cycle(n, batch, seed, step):
-    """Indices (batch,) of a step that goes through n labelled anomalies again and again, each time in another order."""
-    turns, at = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
-    orders = {turn: torch.randperm(n, generator=step_generator("cpu", seed, "anomalies", turn)) for turn in set(turns.tolist())}
-    return torch.stack([orders[turn][i] for turn, i in zip(turns.tolist(), at.tolist(), strict=True)])
-
-
 def draw_batch(normals, anomalies, batch_size, pseudo, seed, step):
     """A step's images (batch_size, C, H, W) in [0, 1], and their kind (batch_size,), on the CPU; turned by any angle.
 
@@ -185,21 +176,11 @@ def train(setting, model, references, anomalies, out):
     args, device, normals = setting.args, setting.device, setting.data.train
     lr, decay = OPTIMIZERS[args.optimizer]
     optimizer = torch.optim.Adam(model.parameters(), lr, weight_decay=decay)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "maps", "fpr")}
-    settings |= {"shots": len(anomalies), "fingerprint": setting.data.fingerprint}
-    step, seconds, path = 0, 0.0, out / "dra.pt"
-    if args.resume and path.exists():
-        state = load_checkpoint(path, "dra", device)
-        for name, value in settings.items():
-            if state["settings"].get(name) != value:
-                raise SystemExit(f"{path} was trained with {name} {state['settings'].get(name)}, not {value}: --resume needs the "
-                                 "same command.")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+    checkpoint = Checkpoint(setting, out, model, {"optimizer": optimizer}, len(anomalies))
+    start, seconds = checkpoint.load()
     out.mkdir(parents=True, exist_ok=True)
-    log, losses, begun = Log(out, "dra", step), [], time.perf_counter() - seconds
-    start, steps, pseudo = step, args.epochs * STEPS, any(PSEUDO in LEARNS[head][0] for head in args.heads)
+    log, losses, begun = Log(out, "dra", start // STEPS), [], time.perf_counter() - seconds
+    steps, pseudo = args.epochs * STEPS, any(PSEUDO in LEARNS[head][0] for head in args.heads)
     model.train()
     for step in tqdm(range(start, steps), f"{len(anomalies)} labelled", steps, initial=start, unit="step", disable=None):
         for group in optimizer.param_groups:
@@ -224,9 +205,7 @@ def train(setting, model, references, anomalies, out):
             log(done // STEPS, show=False, seconds=round(seconds, 1),
                 **dict(zip(("loss", *found), values.mean(0).tolist(), strict=True)))
             if done % (5 * STEPS) == 0 or done == steps:
-                check_weights(model, done, lr)
-                save_checkpoint(path, "dra", settings, {"step": done, "seconds": seconds, "model": model.state_dict(),
-                                                        "optimizer": optimizer.state_dict()})
+                checkpoint.save(done, seconds, lr)
     setting.begun = time.perf_counter() - seconds
     return model.eval()
 
@@ -270,20 +249,16 @@ def main():
     if not 1 <= args.references <= len(data.train) or args.epochs < 1:
         raise SystemExit(f"--references needs a number from 1 to {len(data.train)}, --epochs at least 1.")
     args.heads = [head for head in LEARNS if head in args.heads]
-    outs = folders_of(setting)
-    draws = [draw_shots(setting.labels, data.groups, shots, args.seed, args.anomaly_class) for shots in outs]
-    if not args.resume:
-        refuse_results(*outs.values(), checkpoint="dra.pt")
+    runs = runs_of(setting)
     picked = torch.randperm(len(data.train), generator=step_generator("cpu", args.seed, "references", 0))[:args.references]
     references = data.train[picked.sort().values]                           # clean, and the same ones in training and testing
-    print(f"dra, {data.name}: {len(data.train)} training normals and {', '.join(map(str, outs))} labelled anomalies, "
+    print(f"dra, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
           f"{args.backbone} at {setting.size} px, layer {args.layers[0]}, heads {', '.join(args.heads)}; {args.epochs * STEPS} "
           f"steps of {args.batch_size}, seed {args.seed}; {setting.device}, {precision(setting.device)}", flush=True)
     fresh = {k: v.clone() for k, v in setting.backbone.state_dict().items()}
-    for out, chosen in zip(outs.values(), draws, strict=True):
-        if (out / "metrics.json").exists():
-            metrics = json.loads((out / "metrics.json").read_text())
-            print(f"{out} has its results already")
+    for out, chosen in runs:
+        metrics = results_of(out)
+        if metrics:
             continue
         torch.manual_seed(args.seed)                                        # the heads' first weights
         setting.backbone.load_state_dict(fresh)

@@ -22,7 +22,7 @@ KEY = ["data", "method", "backbone", "shots", "anomaly_class", "switches", "seed
 FIGURES = ["auroc", "average_precision", "within_group_mean", "f1_at_fpr", "accuracy_at_fpr", "f1_threshold_chosen_on_test",
            "accuracy_threshold_chosen_on_test", "auroc_seen_class", "auroc_all", "val_auroc", "seconds"]
 ELSEWHERE = {"data", "out", "seed", "backbone", "shots", "anomaly_class", "device", "maps", "layers",
-             "image_size"}              # flags that have columns of their own, or change no figure
+             "image_size", "resume"}    # flags that have columns of their own, or change no figure
 
 
 def row_of(metrics):
@@ -30,7 +30,7 @@ def row_of(metrics):
     s = metrics["settings"]
     name, _, path = s["backbone"].partition(":")                            # a run stands for the kind of runs: runs/elpv-csi-s1
     backbone = f"{name}:{re.sub(r'-s[0-9]+$', '', Path(path).name)}" if path else name
-    switches = [f"{k}={v}" for k, v in s["changed"].items() if k not in ELSEWHERE]
+    switches = [f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in s["changed"].items() if k not in ELSEWHERE]
     key = [data_name(s["data"]), s["method"], f"{backbone} {s['image_size']} px, layers {' '.join(map(str, s['layers']))}",
            len(metrics["shots"]), s.get("anomaly_class") or "", " ".join(switches), s["seed"]]
     values = ["" if metrics.get(k) is None else f"{metrics[k]:.4f}" for k in FIGURES]

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dia_lib import Log, batch_indices, check_batch, check_loss, run, save_checkpoint, send, step_generator
-from weakly_supervised.common import AGAIN, Setting, draw_shots, finish, flags, folders_of, refuse_results, shots_flags
+from weakly_supervised.common import AGAIN, Setting, finish, flags, runs_of, shots_flags
 from weakly_supervised.nearest import nearest_distance, sample
 
 
@@ -90,9 +90,7 @@ def main():
     check_batch(args.batch_size, len(data.train))
     if not 0 < args.retention <= 1 or args.epochs < 1 or args.patches < 0 or not 0 < args.lr < math.inf:
         raise SystemExit("--retention needs a share above 0, up to 1; --epochs at least 1; --patches 0 or more; --lr above 0.")
-    outs = folders_of(setting)
-    refuse_results(*outs.values())
-    draws = [draw_shots(setting.labels, data.groups, shots, args.seed, args.anomaly_class) for shots in outs]
+    runs = runs_of(setting)
     print(f"wscxr, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
           f"{args.backbone} at {setting.size} px, layers {args.layers}, {args.epochs} epochs, seed {args.seed}; {setting.device}",
           flush=True)
@@ -103,14 +101,14 @@ def main():
     for part, x in zip(normal.split(16), setting.batches(maps), strict=True):
         part.copy_(x)
     known = sample(setting, maps, args.patches, args.seed) if args.mining else None
-    for (shots, out), chosen in zip(outs.items(), draws, strict=True):
+    for out, chosen in runs:
         out.mkdir(parents=True, exist_ok=True)
         setting.begun = time.perf_counter()
         anomalous = setting.patches(test, chosen).flatten(0, 1)
         mined = mine(anomalous, known, args.retention) if args.mining else anomalous
         net = train(setting, normal, mined, out)
-        save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": shots}, {"discriminator": net.state_dict()})
-        print(f"{shots} labelled, {len(mined)} of {len(anomalous)} patches:")
+        save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": len(chosen)}, {"discriminator": net.state_dict()})
+        print(f"{len(chosen)} labelled, {len(mined)} of {len(anomalous)} patches:")
         metrics = finish(setting, setting.by_patches(lambda x, net=net: net(x).squeeze(2)), out, chosen)
     print(f"auroc {metrics['auroc']:.4f}")
 

@@ -1,0 +1,272 @@
+"""CKAAD: network, losses, the alignment its theorem speaks of, maps, pixel metrics; its command line, resume and mistakes."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, flat, log_of
+from PIL import Image
+from scipy import ndimage
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from weakly_supervised import ckaad, common
+
+
+def maps_of(n, channels=(8, 16), side=8, shift=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, c, side // 2 ** i, side // 2 ** i, generator=generator) + shift for i, c in enumerate(channels)]
+
+
+def as_numpy(maps):
+    return [m.numpy() for m in maps]
+
+
+# The mathematics -----------------------------------------------------------------------------------------------------
+
+
+def test_autoencoder_has_the_papers_size_and_shapes():
+    """ResNet-18's layers 2 and 3 at 256 px: 13.5 million weights; reconstructions have the maps' shapes."""
+    net = ckaad.AutoEncoder([128, 256])
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(13.5, abs=0.05)
+    maps = [torch.rand(2, 128, 32, 32), torch.rand(2, 256, 16, 16)]
+    assert [m.shape for m in net(maps)] == [m.shape for m in maps] and min(m.min() for m in net(maps)) >= 0
+    three = maps_of(2, (4, 8, 12), 16)
+    found = ckaad.AutoEncoder([4, 8, 12], signed=True)(three)
+    assert [m.shape for m in found] == [m.shape for m in three] and max(m.min() for m in found) < 0
+
+
+def test_reconstruction_loss_is_the_cosine_of_whole_maps():
+    maps, found = maps_of(3), maps_of(3, seed=1)
+    expected = sum(1 - np.dot(m[i].ravel(), f[i].ravel()) / np.linalg.norm(m[i]) / np.linalg.norm(f[i])
+                   for m, f in zip(as_numpy(maps), as_numpy(found), strict=True) for i in range(3)) / 3
+    assert ckaad.reconstruction_loss(maps, found).item() == pytest.approx(expected, rel=1e-5)
+    assert ckaad.reconstruction_loss(maps, maps).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_discriminator_loss_has_its_closed_form():
+    normal, anomalous, generated = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 7.0, 4.0]), torch.tensor([[6.0, 2.0]])
+    for values in (normal, anomalous, generated):
+        values.requires_grad_()
+    loss = ckaad.discriminator_loss(normal, anomalous, generated, gamma=0.25, margin=5.0)
+    assert loss.item() == pytest.approx(1.25 + 0.75 * (4 + 0 + 1) / 3 + 0.25 * (0 + 3) / 2)
+    loss.backward()
+    assert normal.grad.tolist() == [0.5, 0.5]                               # normal energy goes down,
+    assert anomalous.grad.tolist() == pytest.approx([-0.25, 0, -0.25])      # that of anomalies up, as far as the margin
+    assert generated.grad.tolist() == [[0, -0.125]]
+    assert ckaad.discriminator_loss(normal, None, generated, gamma=1.0).item() == pytest.approx(1.25 + 1.5)
+    energy = ckaad.Discriminator(8)(maps_of(2)[0])
+    assert energy.shape == (2, 64) and energy.min() >= 0
+    scaled = ckaad.Discriminator(8, image=True)
+    assert torch.allclose(scaled(maps_of(2)[0]), scaled(maps_of(2)[0] * 7), atol=1e-5) and scaled(maps_of(2)[0]).shape == (2, 1)
+
+
+def test_generator_loss_has_its_closed_form():
+    torch.manual_seed(0)
+    normal, anomalous = maps_of(4), maps_of(2, shift=1.0, seed=1)
+    for strategy in ("recon", "minus-anomaly", "patch"):
+        model = ckaad.CKAAD([8, 16], strategy, signed=True)
+        found = model.reconstruct(normal, anomalous)
+        expected = plain = ckaad.reconstruction_loss(normal, [f[:4] for f in found])
+        if strategy == "minus-anomaly":                                     # Eq. 4
+            expected = plain - 0.1 * ckaad.reconstruction_loss(anomalous, [f[4:] for f in found])
+        if strategy == "patch":                                             # Eq. 13, 11
+            normals, anomalies, generated = (model.energies(maps) for maps in (normal, anomalous, found))
+            expected = plain + 0.1 * 0.5 * sum(e.mean() for e in generated)
+            wanted = sum(n.mean() + 0.5 * (5 - a).relu().mean() + 0.5 * (5 - g).relu().mean()
+                         for n, a, g in zip(normals, anomalies, generated, strict=True))
+            assert model.discriminator_loss(normal, anomalous, found).item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert model.loss(normal, anomalous, found, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
+        assert (strategy == "recon") == (expected.item() == plain.item())
+    gan = ckaad.CKAAD([8, 16], "gan", signed=True)                          # knows no anomalies
+    losses = [gan.discriminator_loss(normal, maps_of(2, shift=s), found).item() for s in (1.0, 9.0)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("strategy", ["gan", "image", "patch"])
+def test_each_loss_moves_its_own_network_alone(strategy):
+    model = ckaad.CKAAD([8, 16], strategy, signed=True)
+    normal, anomalous = maps_of(4), maps_of(2, shift=1.0)
+    found = model.reconstruct(normal, anomalous)
+    model.discriminator_loss(normal, anomalous, found).backward()
+    assert all(p.grad is None for p in model.autoencoder.parameters())
+    before = [p.grad.clone() for p in model.discriminators.parameters()]
+    model.loss(normal, anomalous, found, 0.1).backward()
+    assert all(p.grad is not None for p in model.autoencoder.parameters())
+    assert all(torch.equal(p.grad, b) for p, b in zip(model.discriminators.parameters(), before, strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_reconstructions_of_anomalies_become_normal():
+    """The theorem on a toy: normal patches point one way, anomalous ones another. Plain reconstruction has learned to copy
+    both; after adversarial training the reconstructions of anomalies point the normal way, and normal ones still do."""
+    directions = torch.eye(16)[:2] * 3
+
+    def batch(kind, step, n=16):
+        generator = torch.Generator().manual_seed(100 * step + kind)
+        noise = torch.randn(n, 16, 4, 4, generator=generator) * 0.3
+        if kind == 0:
+            return [noise + directions[0].view(1, 16, 1, 1)]
+        where = torch.rand(n, 1, 4, 4, generator=generator) < 0.5           # half the patches of an anomalous image are normal
+        return [noise + torch.where(where, directions[1].view(1, 16, 1, 1), directions[0].view(1, 16, 1, 1))]
+
+    class Mixer(nn.Module):                                                 # a stand-in for the auto-encoder, from the identity
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(16, 64, 1), nn.ReLU(), nn.Conv2d(64, 16, 1))
+
+        def forward(self, maps):
+            return [maps[0] + self.net(maps[0])]
+
+    cosines = {}
+    for strategy in ("recon", "patch"):
+        torch.manual_seed(0)
+        model = ckaad.CKAAD([16], strategy, signed=True)
+        model.autoencoder = Mixer()
+        optimizer = torch.optim.Adam(model.autoencoder.parameters(), 1e-2)
+        critic = torch.optim.Adam(model.discriminators.parameters(), 1e-2) if model.adversarial else None
+        for step in range(300):
+            normal, anomalous = batch(0, step), batch(1, step)
+            found = model.reconstruct(normal, anomalous)
+            if critic:
+                critic.zero_grad()
+                model.discriminator_loss(normal, anomalous, found).backward()
+                critic.step()
+            optimizer.zero_grad()
+            model.loss(normal, anomalous, found, 0.2).backward()
+            optimizer.step()
+        with torch.no_grad():
+            x = batch(1, 999)[0]
+            anomalous = x[:, 1] > 1.5                                       # (n, 4, 4): patches that point the other way
+            found = nn.functional.normalize(model.autoencoder([x])[0], dim=1)
+            normal = nn.functional.normalize(model.autoencoder(batch(0, 999))[0], dim=1)
+        cosines[strategy] = (found[:, 0][anomalous].mean().item(), normal[:, 0].mean().item())
+    assert cosines["recon"][0] < 0.5 and cosines["patch"][0] > 0.75
+    assert min(cosines["recon"][1], cosines["patch"][1]) > 0.9
+
+
+def test_maps_and_scores_equal_a_loop():
+    maps, found = maps_of(2), maps_of(2, seed=1)
+    of_layers = ckaad.anomaly_maps(maps, found)
+    for m, f, a in zip(maps, found, of_layers, strict=True):
+        for i in range(m.shape[2]):
+            for j in range(m.shape[3]):
+                u, v = m[1, :, i, j].numpy(), f[1, :, i, j].numpy()
+                assert a[1, i, j].item() == pytest.approx(1 - u @ v / np.linalg.norm(u) / np.linalg.norm(v), abs=1e-5)
+    size, whole = 32, np.zeros((32, 32))
+    for a in of_layers:                                                     # corners on corners, bilinear
+        side = a.shape[1]
+        at = np.linspace(0, side - 1, size)
+        rows = np.array([np.interp(at, range(side), a[1, i]) for i in range(side)])                     # (side, size)
+        whole += np.array([np.interp(at, range(side), rows[:, j]) for j in range(size)]).T
+    smooth = ndimage.gaussian_filter(whole, 0.5, mode="mirror", truncate=4.0)
+    expected = np.sort(smooth.ravel())[-100:].mean()
+    assert ckaad.image_scores(of_layers, size)[1].item() == pytest.approx(expected, rel=2e-3)
+    assert ckaad.image_scores([m[:, :1, :1] for m in of_layers], 8).shape == (2,)
+
+
+def test_pixel_metrics_equal_a_count():
+    """Over every threshold: the share of each region found, and the false-positive rate; area by trapezoids up to 0.3."""
+    rng = np.random.default_rng(0)
+    masks = torch.zeros(3, 12, 12, dtype=torch.bool)
+    masks[0, 2:4, 2:9] = masks[0, 8:11, 1:3] = masks[1, 5, 5] = masks[1, 6, 6] = True                   # three regions
+    heat = torch.from_numpy(rng.normal(size=(3, 12, 12)) + masks.numpy() * 1.0)
+    regions = [(0, slice(2, 4), slice(2, 9)), (0, slice(8, 11), slice(1, 3)), (1, [5, 6], [5, 6])]
+    rates, found = [0.0], [0.0]
+    for threshold in sorted(heat.flatten().tolist(), reverse=True):
+        over = heat >= threshold
+        rates.append((over & ~masks).sum().item() / (~masks).sum().item())
+        found.append(np.mean([over[r].float().mean().item() for r in regions]))
+    at = np.searchsorted(rates, 0.3)
+    rates, found = np.array(rates), np.array(found)
+    end = np.interp(0.3, rates, found)
+    area = np.trapezoid(np.append(found[:at], end), np.append(rates[:at], 0.3)) / 0.3
+    metrics = common.pixel_metrics(heat, masks)
+    assert metrics["pro"] == pytest.approx(area, abs=0.01)
+    assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks.flatten(), heat.flatten()))
+    assert common.pixel_metrics(masks.float(), masks)["pro"] == pytest.approx(1)
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+FEW = ["--image-size", 64, "--epochs", 3, "--batch-size", 8]
+
+
+@pytest.fixture(scope="module")
+def masked(folder, tmp_path_factory):
+    """The folder of tiles with a ground_truth for its scratches: where an image is dark."""
+    root = shutil.copytree(folder, tmp_path_factory.mktemp("masked") / "tiles")
+    for path in sorted((root / "test/scratch").iterdir()):
+        mask = root / "ground_truth/scratch" / f"{path.stem}_mask.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(((np.asarray(Image.open(path)) < 60) * 255).astype(np.uint8)).save(mask)
+    return root
+
+
+def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, capsys):
+    args = ["--data", masked, *tiny[2:], *FEW]
+    assert call(ckaad, *args, "--shots", 2, 6, "--out", tmp_path / "a", "--maps") is None
+    printed = capsys.readouterr().out
+    found = {k: json.loads((tmp_path / f"a/shots-{k}/metrics.json").read_text()) for k in (2, 6)}
+    assert printed.splitlines()[-1] == f"auroc {found[6]['auroc']:.4f}" and "PRO" in printed
+    for k, metrics in found.items():
+        rows = list(csv.DictReader((tmp_path / f"a/shots-{k}/scores.csv").open()))
+        assert len(metrics["shots"]) == k and len(rows) == 30 - k and not set(metrics["shots"]) & {r["path"] for r in rows}
+        scores, labels = [float(r["score"]) for r in rows], [int(r["label"]) for r in rows]
+        assert metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores)) and 0 < metrics["pro"] <= 1
+    log = log_of(tmp_path / "a/shots-6")
+    assert [r["step"] for r in log if r["stage"] == "ckaad"] == [1, 2, 3] and log[2]["loss"] < log[0]["loss"]
+    state = {}
+    for name, extra in (("same", []), ("recon", ["--strategy", "recon"]), ("minus", ["--strategy", "minus-anomaly"]),
+                        ("gan", ["--strategy", "gan"]), ("image", ["--strategy", "image"]), ("weight", ["--weight", 0.5]),
+                        ("dent", ["--anomaly-class", "dent", "--shots", 3]), ("none", ["--shots", 0]),
+                        ("share", ["--labelled", "20%"])):
+        assert call(ckaad, *args, "--shots", 6, *extra, "--out", tmp_path / name) is None, name
+        state[name] = torch.load(tmp_path / name / "ckaad.pt", weights_only=True)
+    first = flat(torch.load(tmp_path / "a/shots-6/ckaad.pt", weights_only=True)["model"])
+    assert all(torch.equal(v, first[k]) for k, v in flat(state["same"]["model"]).items())
+    assert (tmp_path / "same/scores.csv").read_text() == (tmp_path / "a/shots-6/scores.csv").read_text()
+    weights = [s["model"]["autoencoder.bottleneck.0.body.0.weight"].sum().item() for s in state.values()]
+    assert len(set(weights)) == len(state)
+    shots = {name: len(json.loads((tmp_path / name / "metrics.json").read_text())["shots"]) for name in state}
+    normals = 40 - round(40 * 0.3)
+    assert shots["recon"] == shots["none"] == 0 and abs(shots["share"] - normals / 4) < 2 and shots["dent"] == 3
+    assert "critic" not in state["recon"] and "critic" in state["gan"]
+    own = [*args[:2], "--holdout", 0.3, *FEW, "--backbone", f"dia:{chain}", "--shots", 2]
+    assert call(ckaad, *own, "--out", tmp_path / "dia") is None
+
+
+def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
+    args = [*tiny, *FEW, "--epochs", 12, "--shots", 2]
+    assert call(ckaad, *args, "--out", tmp_path / "whole") is None
+    real, calls = ckaad.load, []
+
+    def stop(*given):
+        calls.append(given)
+        if len(calls) == 2 * 11 * 3 + 2:                                    # two loads a step; the last checkpoint is of epoch 10
+            raise KeyboardInterrupt
+        return real(*given)
+    with monkeypatch.context() as m:
+        m.setattr(ckaad, "load", stop)
+        assert call(ckaad, *args, "--out", tmp_path / "cut") == 130
+    assert "go on with --resume" in call(ckaad, *args, "--out", tmp_path / "cut")
+    assert "with epochs 12, not 13" in call(ckaad, *args, "--epochs", 13, "--resume", "--out", tmp_path / "cut")
+    assert call(ckaad, *args, "--resume", "--out", tmp_path / "cut") is None
+    whole, cut = (torch.load(tmp_path / name / "ckaad.pt", weights_only=True) for name in ("whole", "cut"))
+    assert all(torch.equal(v, flat(cut["model"])[k]) for k, v in flat(whole["model"]).items())
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole") and whole["step"] == cut["step"]
+    assert (tmp_path / "cut/scores.csv").read_text() == (tmp_path / "whole/scores.csv").read_text()
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--layers", 2, 4], "needs neighbours"), (["--epochs", 0], "at least 1"), (["--batch-size", 300], "must be from 1 to"),
+    (["--weight", -1], "from 0 on"), (["--image-size", 48], "must be even"), (["--image-size", 32], "at least 4"),
+    (["--shots", 18], "from 1 to 17"),
+    (["--labelled", "70%"], "from 1 to 17"), (["--anomaly-class", "bent"], "are dent, scratch")])
+def test_what_is_asked_wrongly_is_said(words, sentence, tiny, tmp_path):
+    assert sentence in call(ckaad, *tiny, *FEW, "--shots", 2, "--out", tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,295 @@
+"""CKAAD: an auto-encoder of feature maps that turns anomalous patches into normal ones, taught by a few labelled anomalies.
+
+"Boosting Fine-Grained Visual Anomaly Detection with Coarse-Knowledge-Aware Adversarial Learning" (AAAI 2025), with its equation
+numbers: an energy discriminator sets normal patches apart from reconstructed ones and from those of anomalous images, of which
+none is known to be anomalous itself. An image's map is the distance between its features and their reconstruction.
+"""
+
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms.functional import gaussian_blur
+from torchvision.transforms.v2 import ElasticTransform
+from tqdm import tqdm
+
+from dia_lib import (
+    Log,
+    autocast,
+    batch_indices,
+    check_batch,
+    check_loss,
+    precision,
+    run,
+    send,
+)
+from weakly_supervised.common import Checkpoint, Setting, cycle, finish, flags, results_of, runs_of, shots_flags
+
+STRATEGIES = ("recon", "minus-anomaly", "gan", "image", "patch")            # Tab. 3: Recon, ReconSub, GAN, CKAImg, CKAPatch
+MARGIN, GAMMA = 5.0, 0.5                                                    # a and gamma of Eq. 11
+
+
+class Block(nn.Module):
+    """Residual block of two convolutions with instance norm; stride 2 halves the map, up doubles it (2x2 transposed)."""
+
+    def __init__(self, cin, cout, stride=1, up=False, last=nn.ReLU):
+        super().__init__()
+        first = nn.ConvTranspose2d(cin, cout, 2, 2, bias=False) if up else nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
+        self.body = nn.Sequential(first, norm(cout), nn.ReLU(), nn.Conv2d(cout, cout, 3, 1, 1, bias=False), norm(cout))
+        self.shortcut, self.last = nn.Identity(), last()
+        if up or stride > 1 or cin != cout:
+            other = nn.ConvTranspose2d(cin, cout, 2, 2, bias=False) if up else nn.Conv2d(cin, cout, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(other, norm(cout))
+
+    def forward(self, x):
+        return self.last(self.body(x) + self.shortcut(x))
+
+
+def norm(channels):
+    return nn.InstanceNorm2d(channels, affine=True)
+
+
+class AutoEncoder(nn.Module):
+    """Feature maps [(n, C_s, h_s, w_s), ...], each half the size of the one before -> their reconstructions.  Eq. 1.
+
+    channels: C_s of each.  signed: the features are no ReLU's output, and may be negative.
+    """
+
+    def __init__(self, channels, signed=False):
+        super().__init__()
+        deepest, depth = channels[-1], len(channels)
+        self.down = nn.ModuleList()                                         # each map to the size of the deepest
+        for i, c in enumerate(channels):
+            halvings = depth - 1 - i
+            self.down.append(nn.Sequential(*[layer for j in range(halvings) for layer in (
+                nn.Conv2d(c * 2 ** j, c * 2 ** (j + 1), 3, 2, 1, bias=False), norm(c * 2 ** (j + 1)), nn.ReLU())]))
+        fused = sum(c * 2 ** (depth - 1 - i) for i, c in enumerate(channels))
+        self.bottleneck = nn.Sequential(Block(fused, 2 * deepest, stride=2), Block(2 * deepest, 2 * deepest))
+        self.up, cin = nn.ModuleList(), 2 * deepest
+        for c in reversed(channels):
+            self.up.append(nn.Sequential(Block(cin, c, up=True), Block(c, c, last=nn.Identity if signed else nn.ReLU)))
+            cin = c
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, maps):
+        x = self.bottleneck(torch.cat([down(m) for down, m in zip(self.down, maps, strict=True)], 1))
+        found = []
+        for up in self.up:
+            x = up(x)
+            found.append(x)
+        return [m.float() for m in reversed(found)]
+
+
+class Discriminator(nn.Module):
+    """Energy >= 0 of each patch, or of each image: low for normal ones. Maps (n, C, h, w) -> (n, h*w), or (n, 1)."""
+
+    def __init__(self, channels, image=False):
+        super().__init__()
+        self.image = image
+        self.body = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.LeakyReLU(0.1),
+                                  nn.Conv2d(channels, channels, 1, bias=False), nn.LeakyReLU(0.1))
+        self.energy = nn.Conv2d(channels, 1, 1, bias=False)
+
+    def forward(self, maps):
+        x = self.body(F.normalize(maps, dim=1)).float()
+        if self.image:
+            x = x.mean((2, 3), keepdim=True)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.energy(x).flatten(1).abs()
+
+
+def reconstruction_loss(maps, found):
+    """Sum over layers of 1 - cos of the flattened maps, in the mean over images: lists of (n, C, h, w).  Eq. 2."""
+    return sum((1 - F.cosine_similarity(m.flatten(1), f.flatten(1))).mean() for m, f in zip(maps, found, strict=True))
+
+
+def discriminator_loss(normal, anomalous, generated, gamma=GAMMA, margin=MARGIN):
+    """Energies of normal, anomalous and generated patches, tensors of any shape -> scalar.  Eq. 8, 11; gamma 1: no anomalies."""
+    loss = normal.mean() + gamma * (margin - generated).relu().mean()
+    return loss + (1 - gamma) * (margin - anomalous).relu().mean() if gamma < 1 else loss
+
+
+class CKAAD(nn.Module):
+    """Auto-encoder and, for each layer, a discriminator; strategy: one of STRATEGIES.
+
+    Below, normal, anomalous and found are lists of feature maps [(n, C, h, w), ...]; found is what `reconstruct` gave of both.
+    """
+
+    def __init__(self, channels, strategy="patch", signed=False):
+        super().__init__()
+        self.strategy, self.gamma = strategy, 1.0 if strategy == "gan" else GAMMA
+        self.autoencoder = AutoEncoder(channels, signed)
+        self.adversarial = strategy in ("gan", "image", "patch")
+        self.discriminators = nn.ModuleList([Discriminator(c, strategy != "patch") for c in channels] if self.adversarial else [])
+
+    def reconstruct(self, normal, anomalous=None):
+        with autocast(normal[0].device):
+            return self.autoencoder([torch.cat(pair) for pair in zip(normal, anomalous, strict=True)] if anomalous else normal)
+
+    def energies(self, maps):
+        with autocast(maps[0].device):
+            return [d(m) for d, m in zip(self.discriminators, maps, strict=True)]
+
+    def discriminator_loss(self, normal, anomalous, found):
+        """Sum over layers of Eq. 11 ("image": Eq. 8; "gan": without the anomalies' term); no gradient for the auto-encoder."""
+        layers = zip(*(self.energies(maps) for maps in (normal, anomalous, [f.detach() for f in found])), strict=True)
+        return sum(discriminator_loss(*energies, self.gamma) for energies in layers)
+
+    def loss(self, normal, anomalous, found, weight):
+        """What the auto-encoder learns by, Eq. 13 ("recon": Eq. 2; "minus-anomaly": Eq. 4); no gradient for discriminators."""
+        n = len(normal[0])
+        loss = reconstruction_loss(normal, [f[:n] for f in found])
+        if self.strategy == "minus-anomaly":
+            return loss - weight * reconstruction_loss(anomalous, [f[n:] for f in found])
+        if not self.adversarial:
+            return loss
+        self.discriminators.requires_grad_(False)
+        energies = self.energies(found)
+        self.discriminators.requires_grad_(True)
+        return loss + weight * GAMMA * sum(e.mean() for e in energies)      # the other terms of Eq. 12 do not depend on it
+
+
+def anomaly_maps(maps, found):
+    """[(n, C, h, w), ...] and their reconstructions -> 1 - cos over channels, [(n, h, w), ...].  Eq. 14."""
+    return [1 - F.cosine_similarity(m, f, dim=1) for m, f in zip(maps, found, strict=True)]
+
+
+def image_scores(maps, size, top=100):
+    """Anomaly maps [(n, h, w), ...] -> (n,): brought to size x size, summed, smoothed; the mean of the highest `top` pixels.
+
+    The Gaussian has 4 pixels at a size of 256, as released.
+    """
+    whole, sigma = sum(F.interpolate(m[:, None], (size, size), mode="bilinear", align_corners=True) for m in maps), 4 * size / 256
+    whole = gaussian_blur(whole, min(2 * math.ceil(4 * sigma) + 1, size - 1 + size % 2), sigma)         # (n, 1, size, size)
+    return whole.flatten(1).topk(min(top, size * size)).values.mean(1)
+
+
+def scorer(setting, model, batch=32):
+    """How `finish` scores images: (n,) and, at the size of the largest map, the summed anomaly maps (n, P)."""
+    @torch.no_grad()
+    def score(images):
+        arrays, scores, patches = setting.features(images), [torch.empty(0)], []
+        for i in range(0, len(images), batch):
+            maps = load(arrays, slice(i, i + batch), setting.device)
+            of_layers = anomaly_maps(maps, model.reconstruct(maps))
+            largest = of_layers[0].shape[1:]
+            scores.append(image_scores(of_layers, setting.size).cpu())
+            patches.append(sum(F.interpolate(m[:, None], largest, mode="bilinear") for m in of_layers).flatten(1).cpu())
+        return torch.cat(scores), torch.cat(patches) if patches else torch.empty(0, 1)
+    return score
+
+
+def load(arrays, rows, device):
+    """Feature maps of some images (rows: indices or a slice), a float32 tensor (n, C, h, w) on the device for each layer."""
+    return [send(torch.from_numpy(array[rows]), device).float() for array in arrays]
+
+
+def distorted(images, seed):
+    """Elastically distorted copies of normal images (n, C, H, W): anomalies where none is labelled (the paper's appendix)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transform = ElasticTransform(alpha=200.0)
+        return torch.stack([transform(image) for image in images])
+
+
+def train(setting, model, normals, anomalies, out):
+    """Train a CKAAD model on arrays of feature maps [(n, C, h, w), ...]; from OUT/ckaad.pt with --resume."""
+    args, device = setting.args, setting.device
+    optimizer = torch.optim.Adam(model.autoencoder.parameters(), args.lr, betas=(0.5, 0.999))
+    critic = torch.optim.Adam(model.discriminators.parameters(), 1e-4, betas=(0.5, 0.999)) if model.adversarial else None
+    checkpoint = Checkpoint(setting, out, model, {"optimizer": optimizer} | ({"critic": critic} if critic else {}),
+                            len(anomalies[0]))
+    start, seconds = checkpoint.load()
+    out.mkdir(parents=True, exist_ok=True)
+    n, epoch = len(normals[0]), len(normals[0]) // args.batch_size          # images, steps an epoch
+    steps, few = args.epochs * epoch, min(args.batch_size, len(anomalies[0]))
+    log, losses, begun = Log(out, "ckaad", start // epoch), [], time.perf_counter() - seconds
+    for step in tqdm(range(start, steps), args.strategy, steps, initial=start, unit="step", disable=None):
+        x = load(normals, batch_indices(n, args.batch_size, args.seed, step).sort().values, device)
+        y = load(anomalies, cycle(len(anomalies[0]), few, args.seed, step), device) if few else None
+        found = model.reconstruct(x, y)
+        if critic:
+            discriminate = model.discriminator_loss(x, y, found)
+            critic.zero_grad()
+            discriminate.backward()
+            nn.utils.clip_grad_norm_(model.discriminators.parameters(), 1.0)
+            critic.step()
+        loss = model.loss(x, y, found, args.weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(torch.stack([loss.detach(), *([discriminate.detach()] if critic else [])]))
+        done = step + 1
+        if done % epoch == 0:
+            values = torch.stack(losses).cpu()                              # (steps, 1 or 2)
+            for column in values.T.tolist():
+                check_loss(column, done, args.lr)
+            losses, seconds = [], time.perf_counter() - begun
+            log(done // epoch, show=False, seconds=round(seconds, 1),
+                **dict(zip(("loss", "discriminator"), values.mean(0).tolist(), strict=False)))
+            if done // epoch % 10 == 0 or done == steps:
+                checkpoint.save(done, seconds, args.lr)
+    setting.begun = time.perf_counter() - seconds
+    return model.eval()
+
+
+def percent(text):
+    """"5%" or "5" -> 0.05."""
+    share = float(text.removesuffix("%")) / 100
+    if not 0 < share < 1:
+        raise ValueError
+    return share
+
+
+def main():
+    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3]))
+    parser.add_argument("--labelled", type=percent, nargs="+", metavar="P%", help="labelled anomalies, as shares of the training "
+                        "images, instead of --shots: 5%% of 1,012 normals are 53 (default: none)")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies serve for: nothing "
+                        "(recon), to be reconstructed badly, or one of three adversarial losses (default: patch)")
+    parser.add_argument("--weight", type=float, default=0.02, help="lambda, of the adversarial loss, or of the anomalies' "
+                        "reconstruction with minus-anomaly (default: 0.02)")
+    parser.add_argument("--epochs", type=int, default=200, help="passes over the normal images (default: 200)")
+    parser.add_argument("--batch-size", type=int, default=32, help="normal images a step, and as many anomalies (default: 32)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate for the auto-encoder (default: 1e-3)")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/ckaad.pt, with the same flags")
+    setting = Setting(parser, "ckaad")
+    args, data = setting.args, setting.data
+    check_batch(args.batch_size, len(data.train))
+    if args.epochs < 1 or not 0 <= args.weight < math.inf or not 0 < args.lr < math.inf:
+        raise SystemExit("--epochs needs at least 1, --weight a number from 0 on, --lr one above 0.")
+    if args.layers != list(range(args.layers[0], args.layers[-1] + 1)):
+        raise SystemExit(f"--layers {' '.join(map(str, args.layers))}: needs neighbours, as 2 3.")
+    if args.labelled:
+        args.shots = [max(1, round(len(data.train) / (1 - share) - len(data.train))) for share in args.labelled]
+    if args.strategy == "recon":
+        args.shots = [0]                                                    # learns from none, and is tested on all
+    runs = runs_of(setting)
+    print(f"ckaad, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
+          f"{args.backbone} at {setting.size} px, layers {args.layers}, strategy {args.strategy}, {args.epochs} epochs, "
+          f"seed {args.seed}; {setting.device}, {precision(setting.device)}", flush=True)
+    maps, test = setting.begin()
+    if maps[-1].shape[2] % 2 or maps[-1].shape[2] < 4:
+        raise SystemExit(f"--image-size {setting.size}: the side of layer {args.layers[-1]}'s map is {maps[-1].shape[2]}, and "
+                         "must be even, and at least 4.")
+    signed = any((array[:8] < 0).any() for array in maps)
+    for out, chosen in runs:
+        metrics = results_of(out)
+        if metrics:
+            continue
+        anomalies = [array[chosen] for array in test]
+        if not len(chosen) and args.strategy != "recon":
+            anomalies = setting.features(distorted(data.train, args.seed), "distorted images")
+        torch.manual_seed(args.seed)                                        # the first weights
+        model = CKAAD([array.shape[1] for array in maps], args.strategy, signed).to(setting.device)
+        model = train(setting, model, maps, anomalies, out)
+        metrics = finish(setting, scorer(setting, model), out, chosen)
+    print(f"auroc {metrics['auroc']:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)
