@@ -11,7 +11,7 @@ from conftest import call, flat, log_of
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from dia_lib import cut_paste
+from dia_lib import cut_paste, step_generator
 from weakly_supervised import backbones, dra
 from weakly_supervised.dra import NORMAL, PSEUDO, SEEN
 
@@ -23,7 +23,7 @@ def generator(seed=0):
 @pytest.fixture
 def model(weights):
     torch.manual_seed(0)
-    return dra.DRA(backbones.load_backbone("resnet18", weights), 4).eval()
+    return dra.DRA(backbones.load_backbone("resnet18", weights), 4, torch.rand(4, 3, 64, 64)).eval()
 
 
 # The mathematics -----------------------------------------------------------------------------------------------------
@@ -86,7 +86,8 @@ def test_residuals_are_taken_from_the_references(model):
         model.scales = 2                                                    # the mean over both sizes
         half = nn.functional.interpolate(x, (32, 32))
         both, _ = model(model.maps(x), dra.reference_of(model.maps(refs)))
-        small, _ = model([model.backbone(half, (4,))[0]] * 2, [model.backbone(refs[..., ::2, ::2], (4,))[0].mean(0)[None]] * 2)
+        m, r = (model.backbone(images, (4,))[0] / model.deviation for images in (half, refs[..., ::2, ::2]))
+        small, _ = model([m] * 2, [r.mean(0)[None]] * 2)
     assert torch.allclose(both["seen"], (scores["seen"] + small["seen"]) / 2, rtol=0.03, atol=0.003)
 
 
@@ -128,7 +129,35 @@ def test_rotate_turns_each_by_its_own_angle():
     image = torch.rand(1, 1, 40, 40)
     image = torchvision.transforms.functional.gaussian_blur(image, 9, 3.0)
     expected = torchvision.transforms.functional.rotate(image, 33.0, torchvision.transforms.InterpolationMode.BILINEAR)
-    assert torch.allclose(dra.rotate(image, torch.tensor([33.0])), expected, atol=0.02)
+    inside = (torch.stack(torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")) - 19.5).norm(dim=0) < 19
+    found = dra.rotate(image, torch.tensor([33.0]))
+    assert torch.allclose(found[..., inside], expected[..., inside], atol=0.02)
+    assert dra.rotate(torch.ones(2, 1, 40, 40), torch.tensor([45.0, -170.0])).min() > 0.999             # no black corners
+
+
+def test_learning_rate_falls_as_released():
+    rates = [dra.learning_rate(2e-4, epoch, "code") for epoch in (0, 8, 9, 18, 19, 28, 29)]
+    assert rates == pytest.approx([2e-4, 2e-4, 2e-5, 2e-5, 2e-6, 2e-6, 2e-7])
+    assert dra.learning_rate(1e-3, 29, "paper") == 1e-3
+
+
+def test_maps_have_the_deviation_of_one_on_the_references(weights):
+    images = torch.rand(4, 3, 64, 64)
+    model = dra.DRA(backbones.load_backbone("resnet18", weights), 2, images)
+    with torch.no_grad():
+        maps = model.eval().maps(images)[0]
+        assert maps.std().item() == pytest.approx(1, abs=0.02) and model.deviation.item() != pytest.approx(1, abs=0.05)
+        model.backbone.stages[0][0].weight.mul_(3)                          # what it was before training, kept in the checkpoint
+    assert "deviation" in model.state_dict()
+
+
+def test_batch_norm_settles_on_the_last_weights():
+    model, batches = nn.Sequential(nn.BatchNorm2d(2)), [torch.randn(8, 2, 3, 3) * 2 + i for i in range(5)]
+    model(torch.full((4, 2, 3, 3), 1e6))                                    # what older weights left behind
+    dra.settle(model, lambda i: model(batches[i]), 5)
+    norm = model[0]
+    assert torch.allclose(norm.running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0), atol=1e-5)
+    assert torch.allclose(norm.running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0), rtol=1e-4)
 
 
 # The batches ---------------------------------------------------------------------------------------------------------
@@ -168,7 +197,7 @@ def test_depthwise_convolutions_are_the_same_in_float32(monkeypatch):
     with torch.no_grad():
         whole = backbone(x, (3,))[0]
     assert seen == [torch.float32] * 2 and len(strided) == 4
-    norms = [m for m in dra.DRA(backbone, 3).modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in dra.DRA(backbone, 3, x).modules() if isinstance(m, nn.BatchNorm2d)]
     assert {m.momentum for m in norms} == {0.1}                             # its own, 0.01, lags behind 600 steps of training
     assert torch.nn.functional.cosine_similarity(half.flatten(), whole.flatten(), 0) > 0.999
 
@@ -191,6 +220,9 @@ def test_dra_from_the_command_line(tiny, chain, tmp_path, capsys, monkeypatch):
         scores, labels = [float(r["score"]) for r in rows], [int(r["label"]) for r in rows]
         assert metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores)) and metrics["settings"]["method"] == "dra"
     assert len(list((tmp_path / "a/shots-2/maps").rglob("*.png"))) == 28
+    counts = {v.item() for k, v in torch.load(tmp_path / "a/shots-6/dra.pt", weights_only=True)["model"].items()
+              if k.endswith("num_batches_tracked") and not k.startswith("backbone.stages.3")}           # the fourth is not used
+    assert counts == {dra.STEPS}                                            # settled
     log = log_of(tmp_path / "a/shots-6")
     assert [r["step"] for r in log if r["stage"] == "dra"] == [1, 2] and log[1]["loss"] < log[0]["loss"]
     assert {"seen", "pseudo", "residual", "normality"} < set(log[0])
@@ -236,8 +268,9 @@ def test_scores_are_the_same_at_every_evaluation(tiny, tmp_path, monkeypatch):
     alone = torch.cat([kept["score"](data.test[i:i + 1])[0] for i in range(5)])
     assert torch.allclose(alone, scores[:5], rtol=0.02, atol=0.02)
     assert torch.equal(real(kept["net"], model, references)(data.test)[0], scores)
-    assert len(references) == 2 and all(any(torch.equal((r * 255).round().to(torch.uint8), t) for t in data.train)
-                                        for r in references)
+    picked = torch.randperm(len(data.train), generator=step_generator("cpu", 0, "references", 0))[:2].sort().values
+    turns = torch.rand(2, generator=step_generator("cpu", 0, "references", 1)) * 360
+    assert torch.equal(references, dra.rotate(data.train[picked] / 255, turns))         # training normals, turned, nothing else
     assert kept["score"](data.test[:0])[0].shape == (0,)
 
 
@@ -255,12 +288,13 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
         assert call(dra, *args, "--out", tmp_path / "cut") == 130
     assert torch.load(tmp_path / "cut/dra.pt", weights_only=True)["step"] == 100
     assert "go on with --resume" in call(dra, *args, "--out", tmp_path / "cut")
-    assert "with epochs 7, not 8" in call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
+    assert "made with epochs 7, not 8" in call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
     assert call(dra, *args, "--resume", "--out", tmp_path / "cut") is None
     a, b = (flat(torch.load(tmp_path / name / "dra.pt", weights_only=True)["model"]) for name in ("whole", "cut"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     assert (tmp_path / "cut/scores.csv").read_text() == (tmp_path / "whole/scores.csv").read_text()
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert "made with epochs 7, not 8" in call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
     before = (tmp_path / "cut/metrics.json").read_bytes()
     assert call(dra, *args, "--resume", "--out", tmp_path / "cut") is None              # done already: no mistake
     assert (tmp_path / "cut/metrics.json").read_bytes() == before
@@ -268,8 +302,9 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--layers", 2, 3], "needs one of 1 to 4"), (["--batch-size", 10], "multiple of 3"), (["--batch-size", 0], "multiple of 3"),
-    (["--batch-size", 300], "must be from 1 to"), (["--references", 0], "from 1 to"), (["--epochs", 0], "at least 1"),
-    (["--shots", 18], "from 1 to 17"), (["--anomaly-class", "bent"], "are dent, scratch")])
+    (["--batch-size", 300], "--batch-size 300: two thirds"), (["--references", 0], "from 1 to"), (["--epochs", 0], "at least 1"),
+    (["--lr", 0], "above 0"), (["--shots", 0], "from 1 to 17"), (["--shots", 18], "from 1 to 17"),
+    (["--anomaly-class", "bent"], "are dent, scratch")])
 def test_what_is_asked_wrongly_is_said(words, sentence, tiny, tmp_path):
     assert sentence in call(dra, *tiny, *FEW, "--shots", 2, "--out", tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()

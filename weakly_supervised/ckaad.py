@@ -150,7 +150,7 @@ class CKAAD(nn.Module):
         self.discriminators.requires_grad_(False)
         energies = self.energies(found)
         self.discriminators.requires_grad_(True)
-        return loss + weight * GAMMA * sum(e.mean() for e in energies)      # the other terms of Eq. 12 do not depend on it
+        return loss + weight * self.gamma * sum(e.mean() for e in energies)      # the other terms of Eq. 12 do not depend on it
 
 
 def anomaly_maps(maps, found):
@@ -158,14 +158,14 @@ def anomaly_maps(maps, found):
     return [1 - F.cosine_similarity(m, f, dim=1) for m, f in zip(maps, found, strict=True)]
 
 
-def image_scores(maps, size, top=100):
-    """Anomaly maps [(n, h, w), ...] -> (n,): brought to size x size, summed, smoothed; the mean of the highest `top` pixels.
+def image_scores(maps, size):
+    """Anomaly maps [(n, h, w), ...] -> (n,): brought to size x size, summed, smoothed; the mean of the highest pixels.
 
-    The Gaussian has 4 pixels at a size of 256, as released.
+    At a size of 256 the Gaussian has 4 pixels, and the highest are 100, as released; at others as much of the image.
     """
     whole, sigma = sum(F.interpolate(m[:, None], (size, size), mode="bilinear", align_corners=True) for m in maps), 4 * size / 256
     whole = gaussian_blur(whole, min(2 * math.ceil(4 * sigma) + 1, size - 1 + size % 2), sigma)         # (n, 1, size, size)
-    return whole.flatten(1).topk(min(top, size * size)).values.mean(1)
+    return whole.flatten(1).topk(max(1, round(100 * (size / 256) ** 2))).values.mean(1)
 
 
 def scorer(setting, model, batch=32):
@@ -251,8 +251,8 @@ def main():
                         "images, instead of --shots: 5%% of 1,012 normals are 53 (default: none)")
     parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies serve for: nothing "
                         "(recon), to be reconstructed badly, or one of three adversarial losses (default: patch)")
-    parser.add_argument("--weight", type=float, default=0.02, help="lambda, of the adversarial loss, or of the anomalies' "
-                        "reconstruction with minus-anomaly (default: 0.02)")
+    parser.add_argument("--lambda", dest="weight", type=float, default=0.02, help="weight of the adversarial loss; with "
+                        "minus-anomaly of the anomalies' reconstruction (default: 0.02)")
     parser.add_argument("--epochs", type=int, default=200, help="passes over the normal images (default: 200)")
     parser.add_argument("--batch-size", type=int, default=32, help="normal images a step, and as many anomalies (default: 32)")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate for the auto-encoder (default: 1e-3)")
@@ -261,14 +261,16 @@ def main():
     args, data = setting.args, setting.data
     check_batch(args.batch_size, len(data.train))
     if args.epochs < 1 or not 0 <= args.weight < math.inf or not 0 < args.lr < math.inf:
-        raise SystemExit("--epochs needs at least 1, --weight a number from 0 on, --lr one above 0.")
+        raise SystemExit("--epochs needs at least 1, --lambda a number from 0 on, --lr one above 0.")
     if args.layers != list(range(args.layers[0], args.layers[-1] + 1)):
         raise SystemExit(f"--layers {' '.join(map(str, args.layers))}: needs neighbours, as 2 3.")
     if args.labelled:
         args.shots = [max(1, round(len(data.train) / (1 - share) - len(data.train))) for share in args.labelled]
-    if args.strategy == "recon":
-        args.shots = [0]                                                    # learns from none, and is tested on all
-    runs = runs_of(setting)
+    if args.strategy == "recon":                                            # is tested on all
+        if args.labelled or "shots" in setting.changed:
+            raise SystemExit("--strategy recon learns from no labelled anomaly: leave --shots and --labelled out.")
+        args.shots = [0]
+    runs = runs_of(setting, none=True)
     print(f"ckaad, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
           f"{args.backbone} at {setting.size} px, layers {args.layers}, strategy {args.strategy}, {args.epochs} epochs, "
           f"seed {args.seed}; {setting.device}, {precision(setting.device)}", flush=True)
@@ -278,7 +280,7 @@ def main():
                          "must be even, and at least 4.")
     signed = any((array[:8] < 0).any() for array in maps)
     for out, chosen in runs:
-        metrics = results_of(out)
+        metrics = results_of(setting, out, len(chosen))
         if metrics:
             continue
         anomalies = [array[chosen] for array in test]

@@ -133,16 +133,16 @@ def refuse_results(folder):
         raise SystemExit(f"{folder} holds results already. Choose another folder with --out, or remove it.")
 
 
-def runs_of(setting):
+def runs_of(setting, none=False):
     """[(folder, indices of the labelled anomalies)] for each of --shots: OUT, or OUT/shots-N if there are several.
 
-    Exits where one cannot be drawn, or its folder holds a run already and --resume is not given.
+    none: --shots 0 is allowed. Exits where they cannot be drawn, or a folder holds a run already and --resume is not given.
     """
     args, data, runs = setting.args, setting.data, []
     shots = args.shots = sorted(set(args.shots))
     for n in shots:
         out = setting.out / f"shots-{n}" if len(shots) > 1 else setting.out
-        chosen = draw_shots(setting.labels, data.groups, n, args.seed, args.anomaly_class) if n else np.array([], int)
+        chosen = draw_shots(setting.labels, data.groups, n, args.seed, args.anomaly_class) if n or not none else np.array([], int)
         if not getattr(args, "resume", False):
             refuse_results(out)
             if "resume" in args and (out / f"{setting.method}.pt").exists():
@@ -152,33 +152,41 @@ def runs_of(setting):
     return runs
 
 
-def results_of(out):
+def same_flags(setting, stored, shots, path):
+    """Exit unless the flags that path was made with (stored) are the command's; returns these, shots in place of all shots."""
+    own = {k: v for k, v in vars(setting.args).items() if k not in ("data", "out", "device", "resume", "maps", "fpr")}
+    own |= {"shots": shots, "fingerprint": setting.data.fingerprint}
+    for name, value in own.items():
+        if stored is not None and stored.get(name) != value:
+            raise SystemExit(f"{path} was made with {name} {stored.get(name)}, not {value}: --resume needs the same command.")
+    return own
+
+
+def results_of(setting, out, shots):
     """metrics.json of a run that is to be resumed and has it already; None where it has none."""
-    if not (out / "metrics.json").exists():
+    path = out / "metrics.json"
+    if not path.exists():
         return None
+    metrics = json.loads(path.read_text())
+    stored = metrics["settings"] | {"shots": len(metrics["shots"])}
+    same_flags(setting, stored, shots, path)
     print(f"{out} has its results already")
-    return json.loads((out / "metrics.json").read_text())
+    return metrics
 
 
 class Checkpoint:
     """OUT/<method>.pt: model, optimizers, step and seconds of a run, for --resume.  shots: its number of labelled anomalies."""
 
     def __init__(self, setting, out, model, optimizers, shots):
-        args = setting.args
-        self.path, self.kind, self.resume, self.device = out / f"{setting.method}.pt", setting.method, args.resume, setting.device
+        self.setting, self.path, self.shots = setting, out / f"{setting.method}.pt", shots
         self.parts = {"model": model, **optimizers}
-        self.settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "device", "resume", "maps", "fpr")}
-        self.settings |= {"shots": shots, "fingerprint": setting.data.fingerprint}
 
     def load(self):
         """(step, seconds) to go on from: (0, 0.0) without --resume or a checkpoint. Exits if other flags made it."""
-        if not self.resume or not self.path.exists():
+        if not self.setting.args.resume or not self.path.exists():
             return 0, 0.0
-        state = load_checkpoint(self.path, self.kind, self.device)
-        for name, value in self.settings.items():
-            if state["settings"].get(name) != value:
-                raise SystemExit(f"{self.path} was trained with {name} {state['settings'].get(name)}, not {value}: --resume "
-                                 "needs the same command.")
+        state = load_checkpoint(self.path, self.setting.method, self.setting.device)
+        same_flags(self.setting, state["settings"], self.shots, self.path)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         return state["step"], state["seconds"]
@@ -186,7 +194,7 @@ class Checkpoint:
     def save(self, step, seconds, lr):
         """Write it, unless a weight is not finite. lr: for that sentence."""
         check_weights(self.parts["model"], step, lr)
-        save_checkpoint(self.path, self.kind, self.settings, {
+        save_checkpoint(self.path, self.setting.method, same_flags(self.setting, None, self.shots, self.path), {
             "step": step, "seconds": seconds, **{name: part.state_dict() for name, part in self.parts.items()}})
 
 
@@ -250,22 +258,13 @@ def youden(labels, scores):
     return float(f1_score(labels, decided)), float((decided == labels).mean())
 
 
-def masks_of(data, paths, size):
-    """Where the anomalies are, (Q, size, size) bool, of test images in MVTec's layout; None where there is no ground_truth.
+def mask_of(data, path, size):
+    """Where the anomaly is in a test image of MVTec's layout, (size, size) bool; None where no mask says it.
 
-    data: the folder; paths: relative, test/<group>/<name>.png, whose mask is ground_truth/<group>/<name>_mask.png. An image
-    without a mask has no anomaly.
+    data: the folder; path: relative, test/<group>/<name>.png, whose mask is ground_truth/<group>/<name>_mask.png.
     """
-    root = Path(data).expanduser()
-    if not (root / "ground_truth").is_dir():
-        return None
-    masks = torch.zeros(len(paths), size, size, dtype=torch.bool)
-    for i, path in enumerate(paths):
-        group, name = Path(path).parts[1:-1], Path(path).stem
-        file = root.joinpath("ground_truth", *group, f"{name}_mask.png")
-        if file.is_file():
-            masks[i] = torch.from_numpy(_decode(file, size)[0][0] > 127)
-    return masks
+    file = Path(data).expanduser().joinpath("ground_truth", *Path(path).parts[1:-1], f"{Path(path).stem}_mask.png")
+    return torch.from_numpy(_decode(file, size)[0][0] > 127) if file.is_file() else None
 
 
 def pixel_metrics(heat, masks, most=0.3):
@@ -318,15 +317,18 @@ def finish(setting, score, out=None, shots=None, **more):
     best = youden(labels[test], scores[test])
     metrics |= {"f1_threshold_chosen_on_test": best[0], "accuracy_threshold_chosen_on_test": best[1],
                 "shots": [] if shots is None else [data.paths[i] for i in shots],
-                "settings": {**vars(args), "out": str(out), "method": setting.method, "changed": setting.changed},
+                "settings": {**vars(args), "out": str(out), "method": setting.method, "changed": setting.changed,
+                             "fingerprint": data.fingerprint},
                 "seconds": round(time.perf_counter() - setting.begun, 1)}
 
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.csv", *([values[i] for i in test] for values in (data.paths, data.groups)), labels[test],
                  scores[test], p[test], args.fpr, len(calibration))
-    masks = masks_of(args.data, [data.paths[i] for i in test], setting.size)
-    if masks is not None and masks.any():
-        metrics |= pixel_metrics(torch.stack([heat_map(maps[i], setting.size) for i in test]), masks)
+    masks = {i: torch.zeros(setting.size, setting.size, dtype=torch.bool) if labels[i] == 0 else
+             mask_of(args.data, data.paths[i], setting.size) for i in test}
+    masks = {i: mask for i, mask in masks.items() if mask is not None}      # anomalies without a mask are left out
+    if any(labels[i] for i in masks):
+        metrics |= pixel_metrics(torch.stack([heat_map(maps[i], setting.size) for i in masks]), torch.stack(list(masks.values())))
     pictures(setting, out, scores, maps, test, held_maps if len(held) else maps)
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
     Log(out, "evaluate", math.inf)(0, show=False, **{k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")})

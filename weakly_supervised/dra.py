@@ -4,6 +4,7 @@ Ding, Pang and Shen 2022, "Catching Both Gray and Black Swans" (arXiv:2203.14506
 seen` is DevNet (arXiv:2108.00462): the labelled anomalies alone, by the same loss.
 """
 
+import math
 import time
 
 import torch
@@ -16,7 +17,6 @@ from dia_lib import (
     Log,
     autocast,
     batch_indices,
-    check_batch,
     check_loss,
     cut_paste,
     precision,
@@ -71,15 +71,20 @@ class NormalityHead(nn.Module):
 class DRA(nn.Module):
     """Backbone and heads.
 
-    maps(x): images (n, channels, H, W) in [0, 1] -> feature maps (n, C, h, w), one for each scale: 1, and 1/2 if scales is 2.
+    images: some normal ones (n, channels, H, W) in [0, 1]. The maps are divided by the deviation they have on these before
+    training: heads that begin far above the margin of 5, as on efficientnet_lite0, learn nothing from anomalies.
+    maps(x): images -> feature maps (n, C, h, w), one for each scale: 1, and 1/2 if scales is 2.
     forward(maps, reference): reference, for each scale the mean map (1, C, h, w) of normal images -> {head: scores (n,)},
     the mean over scales, and the positions' scores at the first scale (n, h*w), the sum over heads.
     """
 
-    def __init__(self, backbone, layer, heads=HEADS, scales=1):
+    def __init__(self, backbone, layer, images, heads=HEADS, scales=1):
         super().__init__()
         self.backbone, self.layer, self.scales = backbone, layer, scales
-        channels = backbone(torch.zeros(1, backbone.channels, 64, 64, device=backbone.mean.device), (layer,))[0].shape[1]
+        with torch.no_grad():
+            first = backbone(images.to(backbone.mean.device), (layer,))[0]
+        self.register_buffer("deviation", first.std())
+        channels = first.shape[1]
         backbone.requires_grad_()
         for module in backbone.modules():                                   # efficientnet_lite0 has 0.01: too slow for 600 steps
             if isinstance(module, nn.BatchNorm2d):
@@ -89,7 +94,7 @@ class DRA(nn.Module):
 
     def maps(self, x):
         with autocast(x.device):
-            return [self.backbone(F.interpolate(x, scale_factor=0.5 ** i) if i else x, (self.layer,))[0]
+            return [self.backbone(F.interpolate(x, scale_factor=0.5 ** i) if i else x, (self.layer,))[0] / self.deviation
                     for i in range(self.scales)]
 
     def forward(self, maps, reference):
@@ -147,11 +152,12 @@ def cutmix(image, generator):
 
 
 def rotate(x, degrees):
-    """Images (n, C, H, H), each turned about its centre by its own of degrees (n,), counterclockwise; black beyond the border."""
+    """Images (n, C, H, H), each turned about its centre by its own of degrees (n,), counterclockwise; mirrored at the border."""
     cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
     zero = torch.zeros_like(cos)
     theta = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
-    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+    # choice: not black there, as released: no test image has black corners
+    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
 
 
 def draw_batch(normals, anomalies, batch_size, pseudo, seed, step):
@@ -171,26 +177,48 @@ def draw_batch(normals, anomalies, batch_size, pseudo, seed, step):
     return rotate(x, (torch.rand(len(x), generator=generator) * 2 - 1) * 180), kind
 
 
+def learning_rate(lr, epoch, optimizer):
+    """"code": a tenth of it from epochs 9, 19 and 29 on, counted from 0, as the released scheduler does; "paper": constant."""
+    return lr * 0.1 ** ((epoch + 1) // 10) if optimizer == "code" else lr
+
+
+@torch.no_grad()
+def settle(model, forward, batches=STEPS):
+    """Take batch norm's means and variances anew, as the mean over forward(0), forward(1), ...: those kept while the weights
+    change are of older weights, and with the paper's learning rate wrong by far."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    for i in range(batches):
+        forward(i)
+
+
 def train(setting, model, references, anomalies, out):
-    """Train a DRA model on the setting's normals and the anomalies (n, C, H, W) uint8; from OUT/dra.pt with --resume."""
+    """Train a DRA model on the setting's normals and the anomalies (n, C, H, W) uint8; from OUT/dra.pt with --resume.
+
+    references: (R, C, H, W) in [0, 1].
+    """
     args, device, normals = setting.args, setting.device, setting.data.train
-    lr, decay = OPTIMIZERS[args.optimizer]
-    optimizer = torch.optim.Adam(model.parameters(), lr, weight_decay=decay)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=OPTIMIZERS[args.optimizer][1])
     checkpoint = Checkpoint(setting, out, model, {"optimizer": optimizer}, len(anomalies))
     start, seconds = checkpoint.load()
     out.mkdir(parents=True, exist_ok=True)
     log, losses, begun = Log(out, "dra", start // STEPS), [], time.perf_counter() - seconds
     steps, pseudo = args.epochs * STEPS, any(PSEUDO in LEARNS[head][0] for head in args.heads)
+
+    def forward(step):
+        images, kind = draw_batch(normals, anomalies, args.batch_size, pseudo, args.seed, step)
+        maps = model.maps(to_channels(torch.cat([references, images]).to(device), setting.backbone.channels))
+        reference = reference_of([m[:len(references)] for m in maps])
+        return model([m[len(references):] for m in maps], reference)[0], kind.to(device)
+
     model.train()
     for step in tqdm(range(start, steps), f"{len(anomalies)} labelled", steps, initial=start, unit="step", disable=None):
         for group in optimizer.param_groups:
-            group["lr"] = lr * (0.1 ** ((step // STEPS + 1) // 10) if args.optimizer == "code" else 1)
-        images, kind = draw_batch(normals, anomalies, args.batch_size, pseudo, args.seed, step)
-        x = torch.cat([references, images]).to(device)
-        maps = model.maps(to_channels(x, setting.backbone.channels))
-        reference = reference_of([m[:len(references)] for m in maps])
-        scores, _ = model([m[len(references):] for m in maps], reference)
-        found = head_losses(scores, kind.to(device), step_generator(device, args.seed, "deviation", step))
+            group["lr"] = learning_rate(args.lr, step // STEPS, args.optimizer)
+        scores, kind = forward(step)
+        found = head_losses(scores, kind, step_generator(device, args.seed, "deviation", step))
         loss = sum(found.values())
         optimizer.zero_grad()
         loss.backward()
@@ -200,12 +228,14 @@ def train(setting, model, references, anomalies, out):
         done = step + 1
         if done % STEPS == 0:
             values = torch.stack(losses).cpu()                                                      # (20, 1 + heads)
-            check_loss(values[:, 0].tolist(), done, lr)
+            check_loss(values[:, 0].tolist(), done, args.lr)
             losses, seconds = [], time.perf_counter() - begun
             log(done // STEPS, show=False, seconds=round(seconds, 1),
                 **dict(zip(("loss", *found), values.mean(0).tolist(), strict=True)))
-            if done % (5 * STEPS) == 0 or done == steps:
-                checkpoint.save(done, seconds, lr)
+            if done % (5 * STEPS) == 0 and done < steps:
+                checkpoint.save(done, seconds, args.lr)
+    settle(model, lambda i: forward(steps + i))
+    checkpoint.save(steps, seconds, args.lr)
     setting.begun = time.perf_counter() - seconds
     return model.eval()
 
@@ -235,6 +265,7 @@ def main():
     parser.add_argument("--scales", type=int, choices=(1, 2), default=1, help="2: also at half the size (default: 1)")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="code", help="Adam as released, 2e-4, decay 1e-5, a tenth "
                         "after each 10 epochs; or as in the paper, 1e-3, decay 1e-2 (default: code)")
+    parser.add_argument("--lr", type=float, help="the learning rate to begin with (default: the optimizer's)")
     parser.add_argument("--epochs", type=int, default=30, help=f"of {STEPS} steps each (default: 30)")
     parser.add_argument("--batch-size", type=int, default=48, help="images a step, a third of them labelled anomalies, a third "
                         "pseudo anomalies (default: 48)")
@@ -245,27 +276,31 @@ def main():
         raise SystemExit(f"--layers {' '.join(map(str, args.layers))}: needs one of 1 to 4 here.")
     if args.batch_size < 3 or args.batch_size % 3:
         raise SystemExit(f"--batch-size {args.batch_size}: needs a multiple of 3.")
-    check_batch(args.batch_size // 3 * 2, len(data.train))
-    if not 1 <= args.references <= len(data.train) or args.epochs < 1:
-        raise SystemExit(f"--references needs a number from 1 to {len(data.train)}, --epochs at least 1.")
+    if args.batch_size // 3 * 2 > len(data.train):
+        raise SystemExit(f"--batch-size {args.batch_size}: two thirds of it are normals, and there are {len(data.train)}.")
+    args.lr = OPTIMIZERS[args.optimizer][0] if args.lr is None else args.lr
+    if not 1 <= args.references <= len(data.train) or args.epochs < 1 or not 0 < args.lr < math.inf:
+        raise SystemExit(f"--references needs a number from 1 to {len(data.train)}, --epochs at least 1, --lr one above 0.")
     args.heads = [head for head in LEARNS if head in args.heads]
     runs = runs_of(setting)
     picked = torch.randperm(len(data.train), generator=step_generator("cpu", args.seed, "references", 0))[:args.references]
-    references = data.train[picked.sort().values]                           # clean, and the same ones in training and testing
+    turns = torch.rand(args.references, generator=step_generator("cpu", args.seed, "references", 1)) * 360
+    references = rotate(data.train[picked.sort().values] / 255, turns)      # clean, and the same in training and testing
     print(f"dra, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
           f"{args.backbone} at {setting.size} px, layer {args.layers[0]}, heads {', '.join(args.heads)}; {args.epochs * STEPS} "
           f"steps of {args.batch_size}, seed {args.seed}; {setting.device}, {precision(setting.device)}", flush=True)
     fresh = {k: v.clone() for k, v in setting.backbone.state_dict().items()}
     for out, chosen in runs:
-        metrics = results_of(out)
+        metrics = results_of(setting, out, len(chosen))
         if metrics:
             continue
         torch.manual_seed(args.seed)                                        # the heads' first weights
         setting.backbone.load_state_dict(fresh)
-        model = DRA(setting.backbone.eval(), args.layers[0], args.heads, args.scales)
+        model = DRA(setting.backbone.eval(), args.layers[0], to_channels(references, setting.backbone.channels), args.heads,
+                    args.scales)
         model.to(setting.device, memory_format=torch.channels_last)
-        model = train(setting, model, references / 255, data.test[torch.from_numpy(chosen)], out)
-        metrics = finish(setting, scorer(setting, model, references / 255), out, chosen)
+        model = train(setting, model, references, data.test[torch.from_numpy(chosen)], out)
+        metrics = finish(setting, scorer(setting, model, references), out, chosen)
     print(f"auroc {metrics['auroc']:.4f}")
 
 
