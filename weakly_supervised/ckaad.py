@@ -8,6 +8,7 @@ none is known to be anomalous itself. An image's map is the distance between its
 import math
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -185,7 +186,7 @@ def scorer(setting, model, batch=32):
 
 def load(arrays, rows, device):
     """Feature maps of some images (rows: indices or a slice), a float32 tensor (n, C, h, w) on the device for each layer."""
-    return [send(torch.from_numpy(array[rows]), device).float() for array in arrays]
+    return [send(torch.from_numpy(np.array(array[rows])), device).float() for array in arrays]
 
 
 def distorted(images, seed):
