@@ -180,7 +180,8 @@ def test_pixel_metrics_equal_a_count():
     rng = np.random.default_rng(0)
     masks = torch.zeros(3, 12, 12, dtype=torch.bool)
     masks[0, 2:4, 2:9] = masks[0, 8:11, 1:3] = masks[1, 5, 5] = masks[1, 6, 6] = True                   # three regions
-    heat = torch.from_numpy(rng.normal(size=(3, 12, 12)) + masks.numpy() * 1.0)
+    heat = torch.from_numpy(rng.normal(size=(3, 12, 12)) + masks.numpy() * 0.2)
+    heat[1][masks[1]] += 3                                                  # the smallest region is found best
     regions = [(0, slice(2, 4), slice(2, 9)), (0, slice(8, 11), slice(1, 3)), (1, [5, 6], [5, 6])]
     rates, found = [0.0], [0.0]
     for threshold in sorted(heat.flatten().tolist(), reverse=True):

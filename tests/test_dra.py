@@ -177,6 +177,11 @@ def test_batches_hold_a_third_of_each_kind():
         assert torch.equal(x, again[0]) and torch.equal(kind, again[1])
     assert counts.max() == 1 and counts.sum() == 30
     assert dra.draw_batch(normals, anomalies, 15, False, 7, 0)[1].bincount().tolist() == [10, 5]
+    # All are turned, by any angle: where a ramp rises to.
+    ramp = torch.linspace(50, 200, 32).to(torch.uint8).expand(60, 1, 32, 32)
+    x, _ = dra.draw_batch(ramp, ramp[:4], 60, False, 7, 0)
+    up, left = (y[:, 0, 8:16].mean((1, 2)) > y[:, 0, 16:24].mean((1, 2)) for y in (x, x.mT))
+    assert len(set(zip(up.tolist(), left.tolist(), strict=True))) == 4
     # Every labelled anomaly as often as the others, in changing order; also a single one.
     drawn = torch.cat([dra.cycle(10, 16, 0, step) for step in range(25)])
     assert drawn.bincount().tolist() == [40] * 10 and not torch.equal(drawn[:10], drawn[10:20])
