@@ -258,7 +258,7 @@ def scorer(setting, model, references, batch=32):
 
 
 def main():
-    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[4], size=224))
+    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[3], size=160))
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=LEARNS, help=f"which to train and to sum (default: "
                         f"{' '.join(HEADS)}; seen: DevNet; joint: one for all anomalies)")
     parser.add_argument("--references", type=int, default=5, help="normal images that residuals are taken from (default: 5)")
