@@ -8,7 +8,6 @@ none is known to be anomalous itself. An image's map is the distance between its
 import math
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,17 +15,8 @@ from torchvision.transforms.functional import gaussian_blur
 from torchvision.transforms.v2 import ElasticTransform
 from tqdm import tqdm
 
-from dia_lib import (
-    Log,
-    autocast,
-    batch_indices,
-    check_batch,
-    check_loss,
-    precision,
-    run,
-    send,
-)
-from weakly_supervised.common import Checkpoint, Setting, cycle, finish, flags, results_of, runs_of, shots_flags
+from dia_lib import Log, autocast, batch_indices, check_batch, check_loss, precision, run
+from weakly_supervised.common import Checkpoint, Setting, cycle, finish, flags, load, results_of, runs_of, shots_flags
 
 STRATEGIES = ("recon", "minus-anomaly", "gan", "image", "patch")            # Tab. 3: Recon, ReconSub, GAN, CKAImg, CKAPatch
 MARGIN, GAMMA = 5.0, 0.5                                                    # a and gamma of Eq. 11
@@ -151,7 +141,7 @@ class CKAAD(nn.Module):
         self.discriminators.requires_grad_(False)
         energies = self.energies(found)
         self.discriminators.requires_grad_(True)
-        return loss + weight * self.gamma * sum(e.mean() for e in energies)      # the other terms of Eq. 12 do not depend on it
+        return loss + weight * self.gamma * sum(e.mean() for e in energies)  # the other terms of Eq. 12 do not depend on it
 
 
 def anomaly_maps(maps, found):
@@ -182,11 +172,6 @@ def scorer(setting, model, batch=32):
             patches.append(sum(F.interpolate(m[:, None], largest, mode="bilinear") for m in of_layers).flatten(1).cpu())
         return torch.cat(scores), torch.cat(patches) if patches else torch.empty(0, 1)
     return score
-
-
-def load(arrays, rows, device):
-    """Feature maps of some images (rows: indices or a slice), a float32 tensor (n, C, h, w) on the device for each layer."""
-    return [send(torch.from_numpy(np.array(array[rows])), device).float() for array in arrays]
 
 
 def distorted(images, seed):

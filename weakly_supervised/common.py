@@ -21,6 +21,7 @@ from dia_lib import (
     pick_device,
     save_checkpoint,
     save_grid,
+    send,
     shared_flags,
     step_generator,
     synthetic_defects,
@@ -109,8 +110,7 @@ class Setting:
 
     def patches(self, maps, rows):
         """Patch features of some images (rows: indices or a slice), (n, P, C) float32 on the device; maps: of `features`."""
-        parts = [torch.from_numpy(np.array(array[rows])).to(self.device).float() for array in maps]
-        return patch_features(parts, self.args.aggregate)
+        return patch_features(load(maps, rows, self.device), self.args.aggregate)
 
     def batches(self, maps):
         """Patch features of all images, 16 images at a time."""
@@ -125,6 +125,11 @@ class Setting:
             maps = torch.cat([patch_scores(x).cpu() for x in self.batches(self.features(images))])              # (n, P)
             return maps.amax(1), maps
         return score
+
+
+def load(maps, rows, device):
+    """Some images' maps (rows: indices or a slice) of the arrays of `features`, float32 (n, C, h, w) on the device for each."""
+    return [send(torch.from_numpy(np.array(array[rows])), device).float() for array in maps]
 
 
 def refuse_results(folder):
@@ -324,10 +329,9 @@ def finish(setting, score, out=None, shots=None, **more):
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.csv", *([values[i] for i in test] for values in (data.paths, data.groups)), labels[test],
                  scores[test], p[test], args.fpr, len(calibration))
-    masks = {i: torch.zeros(setting.size, setting.size, dtype=torch.bool) if labels[i] == 0 else
-             mask_of(args.data, data.paths[i], setting.size) for i in test}
-    masks = {i: mask for i, mask in masks.items() if mask is not None}      # anomalies without a mask are left out
-    if any(labels[i] for i in masks):
+    masks = {i: mask for i in test[labels[test] == 1] if (mask := mask_of(args.data, data.paths[i], setting.size)) is not None}
+    if masks:                                                               # anomalies without a mask are left out
+        masks |= {i: torch.zeros(setting.size, setting.size, dtype=torch.bool) for i in test[labels[test] == 0]}
         metrics |= pixel_metrics(torch.stack([heat_map(maps[i], setting.size) for i in masks]), torch.stack(list(masks.values())))
     pictures(setting, out, scores, maps, test, held_maps if len(held) else maps)
     write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))

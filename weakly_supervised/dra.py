@@ -104,7 +104,8 @@ class DRA(nn.Module):
                 found = head(r - m if name == "residual" else m)                                        # Eq. 7
                 if name != "normality":
                     found, at = found
-                    positions = positions + at if i == 0 else positions
+                    if i == 0:
+                        positions = positions + at
                 scores[name] = scores[name] + found / self.scales
         return scores, positions
 
