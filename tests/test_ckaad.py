@@ -37,6 +37,13 @@ def test_autoencoder_has_the_papers_size_and_shapes():
     three = maps_of(2, (4, 8, 12), 16)
     found = ckaad.AutoEncoder([4, 8, 12], signed=True)(three)
     assert [m.shape for m in found] == [m.shape for m in three] and max(m.min() for m in found) < 0
+    torch.manual_seed(0)
+    plain = ckaad.AutoEncoder([8, 16])
+    torch.manual_seed(0)
+    scaled = ckaad.AutoEncoder([8, 16], sizes=[0.5, 4.0])                   # maps of another scale are the same to it
+    maps = maps_of(2)
+    for m, f in zip(plain(maps), scaled([maps[0] * 0.5, maps[1] * 4.0]), strict=True):
+        assert torch.allclose(m, f, atol=1e-5)
 
 
 def test_reconstruction_loss_is_the_cosine_of_whole_maps():
@@ -79,11 +86,14 @@ def test_generator_loss_has_its_closed_form():
             expected = plain + 0.1 * gamma * sum(e.mean() for e in generated)
             wanted = sum(n.mean() + (1 - gamma) * (5 - a).relu().mean() + gamma * (5 - g).relu().mean()
                          for n, a, g in zip(normals, anomalies, generated, strict=True))
-            assert model.discriminator_loss(normal, anomalous, found).item() == pytest.approx(wanted.item(), rel=1e-5)
+            loss, energies = model.discriminator_loss(normal, anomalous, found)
+            assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+            each = [torch.cat(kind, 1).mean().item() for kind in (normals, anomalies, generated)]
+            assert energies.tolist() == pytest.approx(each, rel=1e-5) and not energies.requires_grad
         assert model.loss(normal, anomalous, found, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
         assert (strategy == "recon") == (expected.item() == plain.item())
     gan = ckaad.CKAAD([8, 16], "gan", signed=True)                          # knows no anomalies
-    losses = [gan.discriminator_loss(normal, maps_of(2, shift=s), found).item() for s in (1.0, 9.0)]
+    losses = [gan.discriminator_loss(normal, maps_of(2, shift=s), found)[0].item() for s in (1.0, 9.0)]
     assert losses[0] == losses[1]
 
 
@@ -92,7 +102,7 @@ def test_each_loss_moves_its_own_network_alone(strategy):
     model = ckaad.CKAAD([8, 16], strategy, signed=True)
     normal, anomalous = maps_of(4), maps_of(2, shift=1.0)
     found = model.reconstruct(normal, anomalous)
-    model.discriminator_loss(normal, anomalous, found).backward()
+    model.discriminator_loss(normal, anomalous, found)[0].backward()
     assert all(p.grad is None for p in model.autoencoder.parameters())
     before = [p.grad.clone() for p in model.discriminators.parameters()]
     model.loss(normal, anomalous, found, 0.1).backward()
@@ -134,7 +144,7 @@ def test_reconstructions_of_anomalies_become_normal():
             found = model.reconstruct(normal, anomalous)
             if critic:
                 critic.zero_grad()
-                model.discriminator_loss(normal, anomalous, found).backward()
+                model.discriminator_loss(normal, anomalous, found)[0].backward()
                 critic.step()
             optimizer.zero_grad()
             model.loss(normal, anomalous, found, 0.2).backward()
@@ -228,9 +238,11 @@ def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, capsys):
         assert metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores)) and 0 < metrics["pro"] <= 1
     log = log_of(tmp_path / "a/shots-6")
     assert [r["step"] for r in log if r["stage"] == "ckaad"] == [1, 2, 3] and log[2]["loss"] < log[0]["loss"]
+    assert all(0 <= log[0][name] < 5 for name in ckaad.ENERGIES)
     state = {}
     for name, extra in (("same", []), ("recon", ["--strategy", "recon"]), ("minus", ["--strategy", "minus-anomaly"]),
                         ("gan", ["--strategy", "gan"]), ("image", ["--strategy", "image"]), ("weight", ["--lambda", 0.5]),
+                        ("critic", ["--critic-lr", 0.01]),
                         ("dent", ["--anomaly-class", "dent", "--shots", 3]), ("none", ["--shots", 0]),
                         ("share", ["--labelled", "20%"])):
         shots = [] if name == "recon" else ["--shots", 6]
@@ -245,6 +257,8 @@ def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, capsys):
     normals = 40 - round(40 * 0.3)
     assert shots["recon"] == shots["none"] == 0 and abs(shots["share"] - normals / 4) < 2 and shots["dent"] == 3
     assert "critic" not in state["recon"] and "critic" in state["gan"]
+    sizes = state["same"]["model"]["autoencoder.sizes"].tolist()            # of the maps, taken from the normal images
+    assert min(sizes) > 0 and sizes[0] != sizes[1] and sizes == state["gan"]["model"]["autoencoder.sizes"].tolist()
     own = [*args[:2], "--holdout", 0.3, *FEW, "--backbone", f"dia:{chain}", "--shots", 2]
     assert call(ckaad, *own, "--out", tmp_path / "dia") is None
 
@@ -273,7 +287,7 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--layers", 2, 4], "needs neighbours"), (["--epochs", 0], "at least 1"), (["--batch-size", 300], "must be from 1 to"),
-    (["--lambda", -1], "from 0 on"),
+    (["--lambda", -1], "from 0 on"), (["--critic-lr", 0], "one above 0"),
     (["--strategy", "recon"], "leave --shots"),
     (["--layers", 2, 3, "--image-size", 48], "must be even"), (["--layers", 3, "--image-size", 32], "at least 4"),
     (["--shots", 18], "from 1 to 17"),

@@ -8,6 +8,7 @@ none is known to be anomalous itself. An image's map is the distance between its
 import math
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,6 +21,7 @@ from weakly_supervised.common import Checkpoint, Setting, cycle, finish, flags, 
 
 STRATEGIES = ("recon", "minus-anomaly", "gan", "image", "patch")            # Tab. 3: Recon, ReconSub, GAN, CKAImg, CKAPatch
 MARGIN, GAMMA = 5.0, 0.5                                                    # a and gamma of Eq. 11
+ENERGIES = ("energy_normal", "energy_anomalous", "energy_reconstructed")    # in log.jsonl
 
 
 class Block(nn.Module):
@@ -45,12 +47,15 @@ def norm(channels):
 class AutoEncoder(nn.Module):
     """Feature maps [(n, C_s, h_s, w_s), ...], each half the size of the one before -> their reconstructions.  Eq. 1.
 
-    channels: C_s of each.  signed: the features are no ReLU's output, and may be negative.
+    channels: C_s of each.  signed: the features are no ReLU's output, and may be negative.  sizes: the maps' root mean squares,
+    by which they are divided before they are fused: efficientnet_lite0's third is seven times its second. What is read of
+    reconstructions does not depend on their scale.
     """
 
-    def __init__(self, channels, signed=False):
+    def __init__(self, channels, signed=False, sizes=None):
         super().__init__()
         deepest, depth = channels[-1], len(channels)
+        self.register_buffer("sizes", torch.tensor(sizes or [1.0] * depth))
         self.down = nn.ModuleList()                                         # each map to the size of the deepest
         for i, c in enumerate(channels):
             halvings = depth - 1 - i
@@ -67,7 +72,8 @@ class AutoEncoder(nn.Module):
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, maps):
-        x = self.bottleneck(torch.cat([down(m) for down, m in zip(self.down, maps, strict=True)], 1))
+        x = [down(m / size) for down, m, size in zip(self.down, maps, self.sizes, strict=True)]
+        x = self.bottleneck(torch.cat(x, 1))
         found = []
         for up in self.up:
             x = up(x)
@@ -110,10 +116,10 @@ class CKAAD(nn.Module):
     Below, normal, anomalous and found are lists of feature maps [(n, C, h, w), ...]; found is what `reconstruct` gave of both.
     """
 
-    def __init__(self, channels, strategy="patch", signed=False):
+    def __init__(self, channels, strategy="patch", signed=False, sizes=None):
         super().__init__()
         self.strategy, self.gamma = strategy, 1.0 if strategy == "gan" else GAMMA
-        self.autoencoder = AutoEncoder(channels, signed)
+        self.autoencoder = AutoEncoder(channels, signed, sizes)
         self.adversarial = strategy in ("gan", "image", "patch")
         self.discriminators = nn.ModuleList([Discriminator(c, strategy != "patch") for c in channels] if self.adversarial else [])
 
@@ -126,9 +132,13 @@ class CKAAD(nn.Module):
             return [d(m) for d, m in zip(self.discriminators, maps, strict=True)]
 
     def discriminator_loss(self, normal, anomalous, found):
-        """Sum over layers of Eq. 11 ("image": Eq. 8; "gan": without the anomalies' term); no gradient for the auto-encoder."""
-        layers = zip(*(self.energies(maps) for maps in (normal, anomalous, [f.detach() for f in found])), strict=True)
-        return sum(discriminator_loss(*energies, self.gamma) for energies in layers)
+        """Sum over layers of Eq. 11 ("image": Eq. 8; "gan": without the anomalies' term); no gradient for the auto-encoder.
+
+        Also the mean energies of normal, anomalous and reconstructed patches, (3,), to be looked at.
+        """
+        energies = [self.energies(maps) for maps in (normal, anomalous, [f.detach() for f in found])]
+        loss = sum(discriminator_loss(*layer, self.gamma) for layer in zip(*energies, strict=True))
+        return loss, torch.stack([torch.cat(kind, 1).detach().mean() for kind in energies])
 
     def loss(self, normal, anomalous, found, weight):
         """What the auto-encoder learns by, Eq. 13 ("recon": Eq. 2; "minus-anomaly": Eq. 4); no gradient for discriminators."""
@@ -186,20 +196,22 @@ def train(setting, model, normals, anomalies, out):
     """Train a CKAAD model on arrays of feature maps [(n, C, h, w), ...]; from OUT/ckaad.pt with --resume."""
     args, device = setting.args, setting.device
     optimizer = torch.optim.Adam(model.autoencoder.parameters(), args.lr, betas=(0.5, 0.999))
-    critic = torch.optim.Adam(model.discriminators.parameters(), 1e-4, betas=(0.5, 0.999)) if model.adversarial else None
+    critic = None
+    if model.adversarial:
+        critic = torch.optim.Adam(model.discriminators.parameters(), args.critic_lr, betas=(0.5, 0.999))
     checkpoint = Checkpoint(setting, out, model, {"optimizer": optimizer} | ({"critic": critic} if critic else {}),
                             len(anomalies[0]))
     start, seconds = checkpoint.load()
     out.mkdir(parents=True, exist_ok=True)
     n, epoch = len(normals[0]), len(normals[0]) // args.batch_size          # images, steps an epoch
-    steps, few = args.epochs * epoch, min(args.batch_size, len(anomalies[0]))
+    steps, labelled = args.epochs * epoch, len(anomalies[0])
     log, losses, begun = Log(out, "ckaad", start // epoch), [], time.perf_counter() - seconds
     for step in tqdm(range(start, steps), args.strategy, steps, initial=start, unit="step", disable=None):
         x = load(normals, batch_indices(n, args.batch_size, args.seed, step).sort().values, device)
-        y = load(anomalies, cycle(len(anomalies[0]), few, args.seed, step), device) if few else None
+        y = load(anomalies, cycle(labelled, args.batch_size, args.seed, step), device) if labelled else None
         found = model.reconstruct(x, y)
         if critic:
-            discriminate = model.discriminator_loss(x, y, found)
+            discriminate, energies = model.discriminator_loss(x, y, found)
             critic.zero_grad()
             discriminate.backward()
             nn.utils.clip_grad_norm_(model.discriminators.parameters(), 1.0)
@@ -208,15 +220,15 @@ def train(setting, model, normals, anomalies, out):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(torch.stack([loss.detach(), *([discriminate.detach()] if critic else [])]))
+        losses.append(torch.stack([loss.detach(), *([discriminate.detach(), *energies] if critic else [])]))
         done = step + 1
         if done % epoch == 0:
-            values = torch.stack(losses).cpu()                              # (steps, 1 or 2)
+            values = torch.stack(losses).cpu()                              # (steps, 1 or 5)
             for column in values.T.tolist():
                 check_loss(column, done, args.lr)
             losses, seconds = [], time.perf_counter() - begun
             log(done // epoch, show=False, seconds=round(seconds, 1),
-                **dict(zip(("loss", "discriminator"), values.mean(0).tolist(), strict=False)))
+                **dict(zip(("loss", "discriminator", *ENERGIES), values.mean(0).tolist(), strict=False)))
             if done // epoch % 10 == 0 or done == steps:
                 checkpoint.save(done, seconds, args.lr)
     setting.begun = time.perf_counter() - seconds
@@ -242,12 +254,14 @@ def main():
     parser.add_argument("--epochs", type=int, default=200, help="passes over the normal images (default: 200)")
     parser.add_argument("--batch-size", type=int, default=32, help="normal images a step, and as many anomalies (default: 32)")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate for the auto-encoder (default: 1e-3)")
+    parser.add_argument("--critic-lr", type=float, default=1e-4, help="Adam's learning rate for the discriminators (default: "
+                        "1e-4)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckaad.pt, with the same flags")
     setting = Setting(parser, "ckaad")
     args, data = setting.args, setting.data
     check_batch(args.batch_size, len(data.train))
-    if args.epochs < 1 or not 0 <= args.weight < math.inf or not 0 < args.lr < math.inf:
-        raise SystemExit("--epochs needs at least 1, --lambda a number from 0 on, --lr one above 0.")
+    if args.epochs < 1 or not 0 <= args.weight < math.inf or not all(0 < lr < math.inf for lr in (args.lr, args.critic_lr)):
+        raise SystemExit("--epochs needs at least 1, --lambda a number from 0 on, --lr and --critic-lr one above 0.")
     if args.layers != list(range(args.layers[0], args.layers[-1] + 1)):
         raise SystemExit(f"--layers {' '.join(map(str, args.layers))}: needs neighbours, as 2 3.")
     if args.labelled:
@@ -264,7 +278,8 @@ def main():
     if maps[-1].shape[2] % 2 or maps[-1].shape[2] < 4:
         raise SystemExit(f"--image-size {setting.size}: the side of layer {args.layers[-1]}'s map is {maps[-1].shape[2]}, and "
                          "must be even, and at least 4.")
-    signed = any((array[:8] < 0).any() for array in maps)
+    some = [array[::-(-len(array) // 64)].astype(np.float32) for array in maps]                 # of up to 64 images
+    signed, sizes = any((m < 0).any() for m in some), [float(np.square(m).mean() ** 0.5) for m in some]
     for out, chosen in runs:
         metrics = results_of(setting, out, len(chosen))
         if metrics:
@@ -273,7 +288,7 @@ def main():
         if not len(chosen) and args.strategy != "recon":
             anomalies = setting.features(distorted(data.train, args.seed), "distorted images")
         torch.manual_seed(args.seed)                                        # the first weights
-        model = CKAAD([array.shape[1] for array in maps], args.strategy, signed).to(setting.device)
+        model = CKAAD([array.shape[1] for array in maps], args.strategy, signed, sizes).to(setting.device)
         model = train(setting, model, maps, anomalies, out)
         metrics = finish(setting, scorer(setting, model), out, chosen)
     print(f"auroc {metrics['auroc']:.4f}")
