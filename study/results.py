@@ -1,9 +1,10 @@
-"""The README's tables and plots of the study, from the tables in this folder alone: no number in them is typed by hand.
+"""The study's tables and plots, from the csv files in this folder alone: no number in them is typed by hand.
 
-    python -m study.results                 # rewrites the tables in README.md; draws the plots, if matplotlib is installed
+    python -m study.results                 # rewrites the tables; draws the plots, if matplotlib is installed
 
-What stands in README.md between `<!-- study: NAME -->` and `<!-- end -->` is replaced. results.csv and results-scores.csv are
-written by evaluate.py --results, probe.csv by study/probe.py. Runs are grouped by their settings, stage 1's aside.
+What stands between `<!-- study: NAME -->` and `<!-- end -->` in README.md, here and above, is replaced. results.csv and
+results-scores.csv are written by evaluate.py --results, probe.csv by study/probe.py. Runs are grouped by their settings, stage
+1's aside.
 """
 
 import csv
@@ -16,7 +17,8 @@ import numpy as np
 from dia_lib import SCORES
 from train_dia import MODES
 
-HERE, README = Path(__file__).parent, Path(__file__).parent.parent / "README.md"
+HERE = Path(__file__).parent
+README, DETAILS = HERE.parent / "README.md", HERE / "README.md"
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)", "none, as long": "CSI for as many seconds"}
 PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"), ("resize", "none"), ("residual", "copy")]
 USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run of the study has
@@ -103,8 +105,19 @@ def contrast(rows, setting):
                      "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
 
 
+def summary(rows):
+    """The table of the plots' two settings: a line a mode, the mean test AUROC by each score."""
+    settings = {f"{SHOWN.split(',')[0]}, weight 1,000": SHOWN, f"{LONGER}, weight 1": LONGER}
+    lines = []
+    for mode in MODES:
+        runs = [of(rows, mode, setting, score) for setting in settings.values() for score in SCORES]
+        if any(runs):
+            lines.append([NAMES.get(mode, f"`{mode}`"), *(spread(r["auroc"] for r in by.values()) or "not run" for by in runs)])
+    return markdown(["third view", *(f"{name}: `{score}`" for name in settings for score in SCORES)], lines)
+
+
 def floors(path, data="elpv"):
-    """The table of the floors in results.csv: means over the seeds of what has them."""
+    """{(floor, images): [AUROC of each seed that has it]} in results.csv, sorted."""
     found = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
@@ -113,7 +126,7 @@ def floors(path, data="elpv"):
                 name = row["dissolve"].removeprefix("floor: ") + (f", `{row['score']}`" if row["score"] else "")
                 size = row["settings"].split()[0].replace("image_size=", "") + " px"
                 found.setdefault((name, size), []).append(float(row["auroc"]))
-    return markdown(["floor", "images", "AUROC"], [[*name, spread(values)] for name, values in sorted(found.items())])
+    return dict(sorted(found.items()))
 
 
 def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
@@ -184,7 +197,7 @@ def put(text, name, table):
     """The text with what stands between the markers of `name` replaced by the table."""
     pattern = re.compile(rf"(<!-- study: {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
     if not pattern.search(text):
-        raise SystemExit(f"README.md has no block <!-- study: {name} --> ... <!-- end -->.")
+        raise SystemExit(f"A README.md has no block <!-- study: {name} --> ... <!-- end -->.")
     return pattern.sub(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text)
 
 
@@ -257,23 +270,25 @@ def similarities(probes):
     return markdown(["trained with", *(k.removeprefix("sim_") for k in kinds)], lines)
 
 
-def readme():
-    """The text of README.md with all tables of the study as the csv files have them."""
+def pages():
+    """{path: text} of the pages with tables of the study, as the csv files have them."""
     rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
     settings = {r["setting"] for r in rows if r["last"] and r["auroc"] is not None and r["seed"] in SEEDS}
     weighed = {r["setting"] for r in rows if r["dissolve"] != "none"}
     settings = sorted(settings & weighed or settings, key=lambda s: (int(s.split()[0]), s))
     tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings)
-    text = README.read_text()
-    for name, table in (("contrast", f"{tables}\n\n{floors(HERE / 'results.csv')}"), ("search", search(rows)),
-                        ("probe", similarities(read_probes(HERE / "probe.csv")))):
-        text = put(text, name, table)
-    return text
+    lowest = [[*name, str(len(values)), spread(values)] for name, values in floors(HERE / "results.csv").items()]
+    tables += "\n\n" + markdown(["floor", "images", "seeds", "AUROC"], lowest)
+    details = DETAILS.read_text()
+    for name, table in (("contrast", tables), ("search", search(rows)), ("probe", similarities(read_probes(HERE / "probe.csv")))):
+        details = put(details, name, table)
+    return {README: put(README.read_text(), "summary", summary(rows)), DETAILS: details}
 
 
 def main():
-    README.write_text(readme())
-    print(f"wrote the tables in {README}")
+    for path, text in pages().items():
+        path.write_text(text)
+        print(f"wrote the tables in {path}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -108,9 +108,19 @@ def test_csi_for_as_many_seconds_has_a_line_of_its_own(tables, monkeypatch):
     assert "| CSI (`none`) | 1 | **0.700** (0.700)" in table and "| CSI for as many seconds | 1 | **0.900** (0.900)" in table
 
 
-def test_readme_is_in_step_with_the_results():
-    """What python -m study.results writes is what stands in the README: no number typed by hand, none forgotten."""
-    assert results.readme() == results.README.read_text()
+def test_pages_are_in_step_with_the_results():
+    """What python -m study.results writes is what stands there: no number typed by hand, none forgotten."""
+    assert all(path.read_text() == text for path, text in results.pages().items())
+
+
+def test_summary_has_both_settings_beside_each_other(tables, monkeypatch):
+    monkeypatch.setattr(results, "SHOWN", "400 steps")
+    monkeypatch.setattr(results, "LONGER", "2000 steps")
+    longer = [{**r, "setting": "2000 steps", "auroc": 0.9} for r in tables if r["dissolve"] == "none" and r["seed"] == 1]
+    lines = results.summary(tables + longer).splitlines()
+    scores = len(results.SCORES)
+    assert lines[-1].startswith("| CSI (`none`) | ") and lines[-1].count("0.900") == len(longer)
+    assert any(line.startswith("| DIA") and line.count("not run") == scores for line in lines)
 
 
 def test_plots_and_similarities(tables, tmp_path):

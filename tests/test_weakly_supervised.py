@@ -281,15 +281,16 @@ def test_dia_of_no_run_and_packages_that_are_missing(folder, tmp_path, monkeypat
 # The table -----------------------------------------------------------------------------------------------------------
 
 
-def test_readme_is_in_step_with_the_runs():
-    assert results.readme() == results.README.read_text()
+def test_pages_are_in_step_with_the_runs():
+    assert all(path.read_text() == text for path, text in results.pages().items())
 
 
 def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
     """Seeds are put together, switches and groups told apart; a run that comes again is replaced."""
     monkeypatch.setattr(results, "TABLE", tmp_path / "results.csv")
-    monkeypatch.setattr(results, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text("a\n<!-- study: weakly supervised -->\nold\n<!-- end -->\nb\n")
+    for name, block in (("README", "systems"), ("DETAILS", "weakly supervised")):
+        monkeypatch.setattr(results, name, tmp_path / f"{name}.md")
+        (tmp_path / f"{name}.md").write_text(f"a\n<!-- study: {block} -->\nold\n<!-- end -->\nb\n")
     settings = {"data": "elpv", "method": "wscxr", "backbone": "dia:runs/x", "image_size": 64, "layers": [3], "seed": 0,
                 "anomaly_class": None}
     metrics = dict.fromkeys(results.FIGURES) | {"auroc": 0.8, "within_group_mean": 0.75, "seconds": 90, "shots": ["a", "b"]}
@@ -307,10 +308,18 @@ def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
     run("c", {}, {"mining": False, "epochs": 3, "layers": [3], "out": "x"})
     run("d", {}, {"anomaly_class": "mono"}, anomaly_class="mono")
     run("a", {"auroc": 0.8})
-    lines = (tmp_path / "README.md").read_text().splitlines()
-    assert lines[0] == "a" and lines[-1] == "b" and len(lines) == 11
-    assert lines[5] == "| `wscxr` | dia:x 64 px, layers 3 | 2 | 0, 1 | **0.850 ± 0.071** (0.800, 0.900) | 0.750 ± 0.000 |  | 1.5 |"    # noqa: E501
-    assert lines[6].startswith("| `wscxr` trained on mono |") and lines[7].startswith("| `wscxr` `mining=False` `epochs=3` |")
+    run("f", {"auroc": 0.99}, {"labelled": [0.05], "lr": 0.1}, method="ckaad")
+    run("g", {"auroc": 0.98}, {"labelled": [0.05]}, method="ckaad", backbone="efficientnet_lite0")
+    lines = (tmp_path / "DETAILS.md").read_text().splitlines()
+    assert lines[0] == "a" and lines[-1] == "b" and len(lines) == 13
+    assert lines[5].startswith("| `ckaad` | eff") and lines[6].startswith("| `ckaad` `lr=0.1` | dia:x ")
+    assert lines[7] == "| `wscxr` | dia:x 64 px, layers 3 | 2 | 0, 1 | **0.850 ± 0.071** (0.800, 0.900) | 0.750 ± 0.000 |  | 1.5 |"    # noqa: E501
+    assert lines[8].startswith("| `wscxr` trained on mono |") and lines[9].startswith("| `wscxr` `mining=False` `epochs=3` |")
+    lines = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| ")]
+    assert lines[2] == "| CKAAD (efficientnet_lite0 64 px) | 2 | ImageNet | **0.980** | 1 | 1.5 |"       # best first
+    assert "| WSCXR (DIA's encoder 64 px) | 2 | none | **0.850 ± 0.071** | 2 | 1.5 |" in lines
+    assert any(line.startswith("| floor: ") for line in lines) and any("score `local`" in line for line in lines)
+    assert not any(word in line for line in lines for word in ("0.990", "epochs", "mono"))              # as they come alone
     monkeypatch.setattr("sys.argv", ["results", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no such file"):
         results.main()

@@ -1,8 +1,9 @@
-"""The README's table of the methods that learn from a few labelled anomalies, from the runs themselves.
+"""The tables of the methods that learn from a few labelled anomalies, from the runs themselves.
 
     python -m weakly_supervised.results runs/elpv-nearest runs/elpv-wscxr/shots-16 ...
 
-adds the metrics.json of each folder to results.csv beside this file (a run already there is replaced) and writes the table.
+adds the metrics.json of each folder to results.csv beside this file (a run already there is replaced) and writes the tables: of
+all runs in the README.md of this folder, of the systems as they come in the one above.
 """
 
 import csv
@@ -15,14 +16,18 @@ from pathlib import Path
 from dia_data import data_name
 from dia_lib import run
 from evaluate import insert
-from study.results import README, markdown, put, spread
+from study import results as study
+from study.results import markdown, put, spread
 
 TABLE = Path(__file__).parent / "results.csv"
+README, DETAILS = study.README, TABLE.parent / "README.md"
 KEY = ["data", "method", "backbone", "shots", "anomaly_class", "switches", "seed"]
 FIGURES = ["auroc", "average_precision", "within_group_mean", "f1_at_fpr", "accuracy_at_fpr", "f1_threshold_chosen_on_test",
            "accuracy_threshold_chosen_on_test", "auroc_seen_class", "auroc_all", "val_auroc", "seconds"]
 ELSEWHERE = {"data", "out", "seed", "backbone", "shots", "anomaly_class", "device", "maps", "layers",
-             "image_size", "resume"}    # flags that have columns of their own, or change no figure
+             "image_size", "resume", "labelled"}    # flags that have columns of their own, or change no figure
+SYSTEMS = {("nearest", ""): "nearest neighbour", ("nearest", "aggregate=1"): "nearest neighbour", ("wscxr", ""): "WSCXR",
+           ("wscxr", "aggregate=1"): "WSCXR", ("dra", ""): "DRA", ("dra", "heads=seen"): "DevNet", ("ckaad", ""): "CKAAD"}
 
 
 def row_of(metrics):
@@ -37,30 +42,71 @@ def row_of(metrics):
     return dict(zip(KEY + FIGURES, map(str, key + values), strict=True))
 
 
-def table(rows, data="elpv"):
-    """Markdown: a line for each method and setting on one data set, its seeds put together."""
-    lines, settings = [], {tuple(row[k] for k in KEY[:-1]): None for row in rows if row["data"] == data}
-    for setting in sorted(settings, key=lambda s: (s[1], s[5], s[4], s[2].split(" ")[0], int(s[3]))):
-        runs = sorted((r for r in rows if tuple(r[k] for k in KEY[:-1]) == setting), key=lambda r: int(r["seed"]))
-        values = {k: [float(r[k]) if r[k] else None for r in runs] for k in FIGURES}
-        _, method, backbone, shots, group, switches = setting
+def grouped(rows, data="elpv"):
+    """{setting, a tuple of KEY's values but the seed: its runs by seed} of one data set, in the order of the tables."""
+    rows = sorted((r for r in rows if r["data"] == data), key=lambda r: int(r["seed"]))
+    settings = {tuple(row[k] for k in KEY[:-1]) for row in rows}
+    return {s: [r for r in rows if tuple(r[k] for k in KEY[:-1]) == s]
+            for s in sorted(settings, key=lambda s: (s[1], s[5], s[4], s[2].split(" ")[0], int(s[3])))}
+
+
+def figures(runs, name):
+    """The values of a figure in runs, without those that lack it (seconds: runs that were paused)."""
+    return [float(r[name]) for r in runs if r[name]]
+
+
+def minutes(runs):
+    seconds = figures(runs, "seconds")
+    return f"{statistics.fmean(seconds) / 60:.1f}" if seconds else ""
+
+
+def table(rows):
+    """Markdown: a line for each method and setting, its seeds put together."""
+    lines = []
+    for (_, method, backbone, shots, group, switches), runs in grouped(rows).items():
         name = " ".join([f"`{method}`", *(f"`{w}`" for w in switches.split()), *([f"trained on {group}"] if group else [])])
-        each = ", ".join(f"{v:.3f}" for v in values["auroc"])
-        seeds = ", ".join(r["seed"] for r in runs)
-        seconds = [v for v in values["seconds"] if v is not None]                   # not of runs that were paused
-        minutes = f"{statistics.fmean(seconds) / 60:.1f}" if seconds else ""
-        lines.append([name, backbone, shots, seeds, f"**{spread(values['auroc'])}** ({each})",
-                      spread(values["within_group_mean"]),
-                      " / ".join(filter(None, (spread(values["f1_at_fpr"]), spread(values["accuracy_at_fpr"])))),
-                      minutes])
+        aurocs = figures(runs, "auroc")
+        decided = (spread(figures(runs, k)) for k in ("f1_at_fpr", "accuracy_at_fpr"))
+        lines.append([name, backbone, shots, ", ".join(r["seed"] for r in runs),
+                      f"**{spread(aurocs)}** ({', '.join(f'{v:.3f}' for v in aurocs)})",
+                      spread(figures(runs, "within_group_mean")), " / ".join(filter(None, decided)), minutes(runs)])
     return markdown(["method", "features", "labelled anomalies", "seeds", "AUROC", "mean within groups",
                      "F1 / accuracy at `--fpr 0.05`", "minutes"], lines)
 
 
-def readme():
-    """The text of README.md with the table as results.csv has it."""
+def systems(rows, encoders, floors):
+    """Markdown: every system as it comes, on the same split, best first.
+
+    rows: of results.csv; encoders, floors: of study.results.read and floors.
+    """
+    found = []
+    for (name, _), values in floors.items():
+        found.append([f"floor: {name}", "0", "none", values, ""])
+    for mode in study.MODES:
+        runs = study.of(encoders, mode, study.LONGER, "local").values()
+        if runs:
+            took = [r["minutes"] for r in runs if r["minutes"] is not None]
+            name = f"{study.NAMES.get(mode, f'`{mode}`')}, score `local` (64 px, {study.LONGER})"
+            found.append([name, "0", "none", [r["auroc"] for r in runs], f"{statistics.fmean(took):.1f}" if took else ""])
+    for (_, method, backbone, shots, group, switches), runs in grouped(rows).items():
+        name = SYSTEMS.get((method, switches))
+        if name and not group:
+            features = re.sub("^dia:[^ ]*", "DIA's encoder", backbone.split(",")[0])
+            outside = "none" if backbone.startswith("dia:") else "ImageNet"
+            found.append([f"{name} ({features})", shots, outside, figures(runs, "auroc"), minutes(runs)])
+    found.sort(key=lambda line: -statistics.fmean(line[3]))
+    return markdown(["system", "labelled anomalies", "outside data", "AUROC", "seeds", "minutes"],
+                    [[name, shots, outside, f"**{spread(values)}**", str(len(values)), took]
+                     for name, shots, outside, values, took in found])
+
+
+def pages():
+    """{path: text} of the pages with these tables, as the csv files have them."""
     with open(TABLE, newline="") as file:
-        return put(README.read_text(), "weakly supervised", table(list(csv.DictReader(file))))
+        rows = list(csv.DictReader(file))
+    others = study.HERE / "results.csv"
+    return {DETAILS: put(DETAILS.read_text(), "weakly supervised", table(rows)),
+            README: put(README.read_text(), "systems", systems(rows, study.read(others), study.floors(others)))}
 
 
 def main():
@@ -70,8 +116,9 @@ def main():
             raise SystemExit(f"{path}: no such file; give the folders that a method of weakly_supervised wrote.")
         row = row_of(json.loads(path.read_text()))
         insert(TABLE, list(row), row, KEY)
-    README.write_text(readme())
-    print(f"wrote {TABLE.name} and the table in {README.name}")
+    for path, text in pages().items():
+        path.write_text(text)
+    print(f"wrote {TABLE} and the tables in {DETAILS} and {README}")
 
 
 if __name__ == "__main__":
