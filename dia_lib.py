@@ -127,11 +127,11 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the H*W positions, heads of 32 channels, added to its input."""
+    """Self-attention over the H*W positions, heads of at most 32 channels, added to its input."""
 
     def __init__(self, dim):
         super().__init__()
-        self.heads = max(1, dim // 32)
+        self.heads = dim // math.gcd(dim, 32)
         self.norm, self.qkv, self.out = nn.GroupNorm(8, dim), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -192,6 +192,14 @@ class UNet(nn.Module):
             h = attention(block2(torch.cat([h, skips.pop()], 1), temb))
             h = grow(h)                                                                             # twice the size
         return self.out(self.last(torch.cat([h, skips.pop()], 1), temb))
+
+
+def unet_of(state, device):
+    """The averaged UNet of stage 1's checkpoint `state` (DIA Sec. 4.1), without gradient, and its alpha_bar."""
+    s = state["settings"]
+    unet = UNet(s["channels"], s["dim"]).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    unet.load_state_dict(state["ema"])
+    return unet, alpha_bar(s["schedule"]).to(device)
 
 
 @torch.no_grad()
@@ -704,7 +712,7 @@ def save_checkpoint(path, kind, settings, state):
 def load_checkpoint(path, kind, device):
     """Read a checkpoint of save_checkpoint, without unpickling code. Exits if it is none, or another stage's."""
     if not Path(path).is_file():
-        script = "train_diffusion.py" if kind == "diffusion" else "train_dia.py"
+        script = {"diffusion": "train_diffusion.py", "stats": "evaluate.py"}.get(kind, "train_dia.py")
         raise SystemExit(f"{path}: no such checkpoint. Run {script} with the same --data and --out first.")
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=False)
@@ -764,7 +772,8 @@ def pick_device(name):
 def has_bfloat16(device):
     """True where bfloat16 is computed in hardware, not emulated: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):                                     # which the answer is of
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -779,7 +788,8 @@ def precision(device):
 def autocast(device):
     """Mixed precision for the networks' forward passes: bfloat16 where the hardware has it, else float32.
 
-    What runs outside it is float32 in full: torch's TF32 setting for matrix products is left off, as it is by default.
+    What runs outside it is float32, but for convolutions on CUDA from Ampere on: torch's TF32 settings are left as they are, on
+    for convolutions and off for matrix products.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
@@ -829,8 +839,9 @@ def parse_training(parser, kind, quick, argv=None):
             parser.set_defaults(**quick)
     args = parser.parse_args(argv)
     if state:
+        given = saved | state["settings"].get("changed", {})                        # an image size may have been cut down since
         for name in set(saved) - {"data", "diffusion", "every", "keep"}:            # files may have moved
-            if getattr(args, name) != saved[name]:
+            if getattr(args, name) not in (saved[name], given[name]):
                 raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {out} was started with "
                                  f"{saved[name]}. Leave the flag out, or choose another folder with --out.")
     if args.seed < 0:

@@ -36,8 +36,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_data import data_name, load_data, load_images
 from dia_lib import (
-    SCORES, Encoder, K, Log, UNet, alpha_bar, dissolve_view, fit_normals, fit_to, load_checkpoint, pick_device, run,
-    save_checkpoint, save_grid, score_images, sha256_of, shared_flags, to_float, whole,
+    SCORES, Encoder, K, Log, dissolve_view, fit_normals, fit_to, load_checkpoint, pick_device, run, save_checkpoint,
+    save_grid, score_images, sha256_of, shared_flags, to_float, unet_of, whole,
 )
 
 
@@ -124,9 +124,7 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
     key = sha256_of(out / "dia.pt")
     run.stats = load_stats(out / "stats.pt", key, passes)
     if run.stats is None or (data and not torch.equal(run.stats["held"], digests(data.held))):
-        data = data or load_data(s["data"], s["image_size"], ("train",), s["holdout"], s["normal_class"],
-                                 s.get("skip_bad_images", False))
-        check_data(data, s, out, s["data"])
+        data = data or data_of(s, out)
         run.stats = fit_normals(encoder, data.train, s["shift"], passes, device, batch, "training images", s["jitter"])
         calibration = run.parts(data.held[data.calibration]) if data.calibration.any() else {}
         run.stats |= {"calibration": {name: calibration.get(name, torch.empty(0)) for name in SCORES},
@@ -135,10 +133,15 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
     return run
 
 
-def check_data(data, settings, out, name):
-    """Exit unless these are the images the run was trained on."""
-    if data.fingerprint != settings["fingerprint"]:
-        raise SystemExit(f"{out}/dia.pt was trained on other images than --data {name} has now.")
+def data_of(settings, out, splits=("train",), data=None, normal_class=None, skip_bad=False):
+    """The images that a run was trained on, by the settings of its dia.pt; the others: flags that are given now. Exits if these
+    images are others."""
+    s, data = settings, data or settings["data"]
+    found = load_data(data, s["image_size"], splits, s["holdout"], normal_class or s["normal_class"],
+                      skip_bad or s.get("skip_bad_images", False))
+    if found.fingerprint != s["fingerprint"]:
+        raise SystemExit(f"{out}/dia.pt was trained on other images than --data {data} has now.")
+    return found
 
 
 def digests(images):
@@ -272,9 +275,7 @@ def examples(path, images, picked, run):
         found = [p for p in (out / "diffusion.pt", Path(s["diffusion"])) if p.is_file() and sha256_of(p) == s["diffusion_sha256"]]
         if found:
             state = load_checkpoint(found[0], "diffusion", device)
-            unet = UNet(s["channels"], state["settings"]["dim"]).to(device)
-            unet.load_state_dict(state["ema"])
-            abar = alpha_bar(state["settings"]["schedule"]).to(device)
+            unet, abar = unet_of(state, device)
             a, b = s["t_range"]
             t = torch.cat([torch.tensor([(a + b) // 2]), torch.linspace(a, b - 1, 10).long()]).to(device)
         else:
@@ -301,9 +302,7 @@ def evaluate(out, args, device):
     begun = time.perf_counter()
     state = load_checkpoint(out / "dia.pt", "dia", device)
     s = {"jitter": 1.0, **state["settings"]}
-    data = load_data(args.data or s["data"], s["image_size"], ("train", "test"), s["holdout"],
-                     args.normal_class or s["normal_class"], args.skip_bad_images or s.get("skip_bad_images", False))
-    check_data(data, s, out, args.data or s["data"])
+    data = data_of(s, out, ("train", "test"), args.data, args.normal_class, args.skip_bad_images)
     labels = data.labels.numpy()
     if len(set(labels)) != 2:
         raise SystemExit(f"{data.name}: all {len(labels)} test images are {'anomalies' if labels.all() else 'normal'}; "
@@ -361,8 +360,8 @@ def impossible(calibration, fpr):
 def score_folder(out, args, device):
     """Score all images below args.images by one run, without labels; write scores.csv, most anomalous first, and examples.png."""
     s = load_checkpoint(out / "dia.pt", "dia", device)["settings"]
-    data = args.data and load_data(args.data, s["image_size"], ("train",), s["holdout"], args.normal_class or s["normal_class"])
-    run = load_run(out, device, args.passes, args.batch_size, data or None)
+    data = data_of(s, out, ("train",), args.data, args.normal_class, args.skip_bad_images) if args.data else None
+    run = load_run(out, device, args.passes, args.batch_size, data)
     images, paths = load_images(args.images, run.settings["image_size"], args.skip_bad_images)
     scores = run.parts(images, "images")[args.score]
     p, n = run.p_values(scores.numpy(), args.score), len(run.stats["calibration"][args.score])
@@ -399,10 +398,7 @@ def append_result(path, state, labels=None, parts=None, groups=None, metrics=Non
     alone. The floors of metrics get rows of their own, with steps 0.
     """
     run, validation, blank = run_key(state), state.get("validation", {}), dict.fromkeys(run_key(state), "")
-    scores_path = path.with_name(f"{path.stem}-scores{path.suffix}")
-    if parts:
-        row = {**blank, "data": run["data"], "score": "labels", "values": " ".join(map(str, labels))}
-        insert(scores_path, list(row), row, [*run, "score"])
+    rows, each = [], [{**blank, "data": run["data"], "score": "labels", "values": " ".join(map(str, labels))}] if parts else []
     for score in SCORES:
         figures = {"minutes": state.get("seconds", math.nan) / 60, "val_auroc": validation.get(VALIDATION[score]),
                    "auroc": None, "ap": None, "within_group_auroc": None}
@@ -412,43 +408,45 @@ def append_result(path, state, labels=None, parts=None, groups=None, metrics=Non
             figures |= {"auroc": roc_auc_score(labels, values), "ap": average_precision_score(labels, values),
                         "within_group_auroc": statistics.fmean(within.values()) if within else None}
         figures = {k: "" if v is None else f"{v:.4f}" for k, v in figures.items()}
-        row = {**run, "score": score, **figures, "commit": state["settings"].get("commit", "")}
-        columns = list(row)
-        insert(path, columns, row, [*run, "score"])
+        rows.append({**run, "score": score, **figures, "commit": state["settings"].get("commit", "")})
         if parts:
-            row = {**run, "score": score, "values": " ".join(f"{v:.7g}" for v in values)}
-            insert(scores_path, list(row), row, [*run, "score"])
+            each.append({**run, "score": score, "values": " ".join(f"{v:.7g}" for v in values)})
     for name, value in (metrics or {"floors_auroc": {}})["floors_auroc"].items():
-        floor = {**dict.fromkeys(columns, ""), "data": run["data"], "dissolve": f"floor: {name}", "steps": 0,
+        floor = {**dict.fromkeys(rows[0], ""), "data": run["data"], "dissolve": f"floor: {name}", "steps": 0,
                  "auroc": f"{value:.4f}"}
         names = ["image_size", "holdout"]
         if "untrained" in name:
             floor |= {"seed": run["seed"], "score": metrics["score"]}
             names.append("jitter")
         floor["settings"] = " ".join(f"{k}={state['settings'].get(k, 1.0)}" for k in names)
-        insert(path, columns, floor, [*run, "score"])
+        rows.append(floor)
+    insert(path, rows, [*run, "score"])
+    if each:
+        insert(path.with_name(f"{path.stem}-scores{path.suffix}"), each, [*run, "score"])
 
 
-def insert(path, columns, row, key):
-    """Write the row (a dict) into a csv table, at its end, or in place of the one with the same key (names of columns).
+def insert(path, rows, key):
+    """Write rows (dicts) into a csv table, at its end, or in place of those with the same key (names of columns).
 
-    What is empty in the new row stays as it was.
+    What is empty in a new row stays as it was. Not for two processes at once.
     """
-    rows = []
+    columns, table = list(rows[0]), {}
+
+    def put(row):
+        same = tuple(row[k] for k in key)
+        table[same] = {k: v or table.get(same, row)[k] for k, v in row.items()}
+
     if path.exists():
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
-        if reader.fieldnames != columns:
-            raise SystemExit(f"{path} is another table: its columns are {reader.fieldnames}, not {columns}.")
-    row = {k: str(v) for k, v in row.items()}
-    same = [i for i, r in enumerate(rows) if all(r[k] == row[k] for k in key)]
-    if same:
-        rows[same[0]] = {k: v or rows[same[0]][k] for k, v in row.items()}
-    else:
-        rows.append(row)
+            if reader.fieldnames != columns:
+                raise SystemExit(f"{path} is another table: its columns are {reader.fieldnames}, not {columns}.")
+            for row in reader:
+                put(row)
+    for row in rows:
+        put({k: str(v) for k, v in row.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, lambda file: csv.writer(file, lineterminator="\n").writerows([columns, *([r[c] for c in columns] for r in rows)]))
+    write(path, lambda file: csv.writer(file, lineterminator="\n").writerows([columns, *(r.values() for r in table.values())]))
 
 
 def load_stats(path, key, passes):

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from dia_data import cache_path, load_data, new_array
 from dia_lib import (
-    SCORES, Encoder, K, Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights,
+    SCORES, Encoder, K, Log, autocast, batch_indices, check_batch, check_loss, check_weights,
     code_version, contrastive_loss, dissolve_small, dissolve_view, embed, fit_normals, fit_to, load_checkpoint, make_views,
     parse_training, pick_device, place, precision, report_time, run, save_checkpoint, score_embedded, score_images, send,
-    sha256_of, step_generator, synthetic_defects, to_float, training_flags,
+    sha256_of, step_generator, synthetic_defects, to_float, training_flags, unet_of,
 )
 
 QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw", twin_weight=1000.0)
@@ -228,7 +228,7 @@ def main():
     args.lr = args.lr or {"lars": 1.0, "adamw": 1e-3}[args.optimizer]
     args.steps = args.steps or 1000 * min(M // args.batch_size, 201)            # the released code's epoch
     stem, views = ("cifar" if size <= 32 else "imagenet"), (2 if args.dissolve == "none" else 3)
-    held = data.held[~data.calibration]                                         # the other half is never looked at
+    held = data.held[~data.calibration][:512]                                   # the other half is never looked at
 
     # Stage 1
     unet = abar = path = digest = stage1 = None
@@ -245,9 +245,7 @@ def main():
             raise SystemExit(f"--resume: {path} is not the stage 1 checkpoint this run was started with; name it by --diffusion.")
         if diffusion["step"] < stage1["steps"]:
             print(f"note: {path} stopped at step {diffusion['step']} of {stage1['steps']}")
-        unet = UNet(channels, stage1["dim"]).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-        unet.load_state_dict(diffusion["ema"])
-        abar = alpha_bar(stage1["schedule"]).to(device)
+        unet, abar = unet_of(diffusion, device)
         if args.dissolve_size not in (None, stage1["dissolve_size"]):
             raise SystemExit(f"--dissolve-size {args.dissolve_size}: {path} was trained at {stage1['dissolve_size']} px; leave "
                              "the flag out, or train stage 1 at that size.")

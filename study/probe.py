@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from dia_data import load_data
 from dia_lib import (
-    SCORES, Encoder, K, UNet, alpha_bar, augment, autocast, dissolve_view, draw_augment, fit_normals, load_checkpoint,
-    pick_device, run, score_images, step_generator, to_float,
+    SCORES, Encoder, K, augment, autocast, dissolve_view, draw_augment, fit_normals, load_checkpoint, pick_device, run,
+    score_images, step_generator, to_float, unet_of,
 )
-from evaluate import insert, run_key
+from evaluate import data_of, insert, run_key
 
 DIAMETERS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)          # share of the image's side
 CONTRASTS = (0.1, 0.2, 0.4, 0.8)                    # share of the brightness taken away
@@ -88,22 +87,19 @@ def main():
     for out in args.out:
         state = load_checkpoint(Path(out) / "dia.pt", "dia", device)
         s = {"jitter": 1.0, **state["settings"]}
-        data = load_data(s["data"], s["image_size"], ("train",), s["holdout"], s["normal_class"],
-                         s.get("skip_bad_images", False))
-        if not data.fingerprint == s["fingerprint"] == stage1["settings"]["fingerprint"]:
-            raise SystemExit(f"{out} and {args.diffusion} were not trained on the same images as --data {s['data']} has now.")
+        data = data_of(s, out)
+        if data.fingerprint != stage1["settings"]["fingerprint"]:
+            raise SystemExit(f"{out} and {args.diffusion} were not trained on the same images.")
         encoder = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
         encoder.load_state_dict(state["encoder"])
-        unet = UNet(s["channels"], stage1["settings"]["dim"]).to(device, memory_format=torch.channels_last)
-        unet.load_state_dict(stage1["ema"])
-        held = data.held[~data.calibration]
+        held = data.held[~data.calibration][:512]
         if len(held) < 2:
             raise SystemExit(f"{out} set {len(held)} normals aside to look at, 2 are needed: train with a larger --holdout.")
-        abar, t, size = alpha_bar(stage1["settings"]["schedule"]), sum(s["t_range"]) // 2, stage1["settings"]["dissolve_size"]
-        row = similarities(encoder, to_float(held, s["channels"], device), unet, abar.to(device), t, size, s["jitter"])
+        x, t, size = to_float(held, s["channels"], device), sum(s["t_range"]) // 2, stage1["settings"]["dissolve_size"]
+        row = similarities(encoder, x, *unet_of(stage1, device), t, size, s["jitter"])
         row |= sensitivity(encoder, data.train, held, s["shift"], s["jitter"], device)
         row = {**run_key(state), **{k: f"{v:.4f}" for k, v in row.items()}}
-        insert(Path(args.results), list(row), row, list(run_key(state)))
+        insert(Path(args.results), [row], list(run_key(state)))
         print(f"{out}: " + "  ".join(f"{k} {row[k]}" for k in row if k.startswith("sim_")), flush=True)
 
 

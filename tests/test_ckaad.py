@@ -245,7 +245,7 @@ def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, capsys):
                         ("critic", ["--critic-lr", 0.01]),
                         ("dent", ["--anomaly-class", "dent", "--shots", 3]), ("none", ["--shots", 0]),
                         ("share", ["--labelled", "20%"])):
-        shots = [] if name == "recon" else ["--shots", 6]
+        shots = [] if name in ("recon", "share") else ["--shots", 6]
         assert call(ckaad, *args, *shots, *extra, "--out", tmp_path / name) is None, name
         state[name] = torch.load(tmp_path / name / "ckaad.pt", weights_only=True)
     first = flat(torch.load(tmp_path / "a/shots-6/ckaad.pt", weights_only=True)["model"])
@@ -289,9 +289,11 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
     (["--layers", 2, 4], "needs neighbours"), (["--epochs", 0], "at least 1"), (["--batch-size", 300], "must be from 1 to"),
     (["--lambda", -1], "from 0 on"), (["--critic-lr", 0], "one above 0"),
     (["--strategy", "recon"], "leave --shots"),
-    (["--layers", 2, 3, "--image-size", 48], "must be even"), (["--layers", 3, "--image-size", 32], "at least 4"),
-    (["--shots", 18], "from 1 to 17"),
-    (["--labelled", "70%"], "from 1 to 17"), (["--anomaly-class", "bent"], "are dent, scratch")])
+    (["--layers", 2, 3, "--image-size", 48], "must be even"), (["--image-size", 60], "must be half the one before"),
+    (["--layers", 3, "--image-size", 32], "at least 4"),
+    (["--shots", 18], "from 0 to 17"),
+    (["--labelled", "70%", "--shots", 10], "from 0 to 17"), (["--labelled", "20%"], "leave one of them out"),
+    (["--anomaly-class", "bent"], "are dent, scratch"), (["--anomaly-class", "bent", "--shots", 0], "are dent, scratch")])
 def test_what_is_asked_wrongly_is_said(words, sentence, tiny, tmp_path):
     assert sentence in call(ckaad, *tiny, *FEW, "--shots", 2, "--out", tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()

@@ -156,6 +156,20 @@ def test_maps_have_the_deviation_of_one_on_the_references(weights):
     assert "deviation" in model.state_dict()
 
 
+def test_images_of_another_size_are_brought_to_the_models(weights):
+    """An npz of 28 px is seen at the size that the run says; grey anomalies stand beside colour normals."""
+    backbone, x = backbones.load_backbone("resnet18", weights), torch.rand(2, 3, 28, 28)
+    model = dra.DRA(backbone.eval(), 2, x, scales=2, size=64).eval()
+    larger = torch.nn.functional.interpolate(x, (64, 64), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        for found, expected, side in zip(model.maps(x), model.maps(larger), (8, 4), strict=True):
+            assert torch.equal(found, expected) and found.shape[2:] == (side, side)
+    normals, anomalies = torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.full((2, 1, 32, 32), 255, dtype=torch.uint8)
+    for a, b, channels in ((normals, anomalies, 3), (normals[:, :1], anomalies.expand(-1, 3, -1, -1), 1)):
+        images, kind = dra.draw_batch(a, b, 6, False, 0, 0)
+        assert images.shape == (6, channels, 32, 32) and images[kind == dra.SEEN].min() > 0.99 and images[kind == 0].max() == 0
+
+
 def test_batch_norm_settles_on_the_last_weights():
     model, batches = nn.Sequential(nn.BatchNorm2d(2)), [torch.randn(8, 2, 3, 3) * 2 + i for i in range(5)]
     model(torch.full((4, 2, 3, 3), 1e6))                                    # what older weights left behind

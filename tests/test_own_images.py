@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import STAGE1, call, texture
+from conftest import STAGE1, STAGE2, call, texture
 from PIL import Image
 from scipy.stats import beta, kstest
 
 import dia_data
 import evaluate
+import train_dia
 import train_diffusion
 from dia_data import load_data, load_images
 from study import calibration
@@ -153,6 +154,9 @@ def test_bad_images_end_the_program_or_are_left_out_and_counted(tmp_path, capsys
     assert call(train_diffusion, *argv, "--out", tmp_path / "b", "--skip-bad-images") is None
     assert "left out 1 of 24 images, which cannot be read: train/good/05.png" in capsys.readouterr().out
     assert "05.png cannot be read" in call(train_diffusion, *argv, "--out", tmp_path / "c")       # also when the rest is cached
+    assert call(train_dia, "--data", root, *STAGE2, "--out", tmp_path / "b", "--skip-bad-images") is None
+    words = ["--out", tmp_path / "b", "--passes", 1, "--images", root, "--skip-bad-images"]
+    assert call(evaluate, *words, "--data", root) is None                               # the training images are read again
     for _ in range(2):                                                                  # decoded, and from the cache
         data = load_data(str(root), 16, ("train",), 0, skip_bad=True)
         assert data.train.shape == (23, 1, 16, 16)

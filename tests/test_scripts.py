@@ -177,8 +177,7 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, extra, chain, fol
     assert call(module, *[whole if a == out else a for a in extra]) is None
 
     a, b = (flat(torch.load(o / f"{kind}.pt", weights_only=True)) for o in (out, whole))
-    if kind == "dia":
-        assert 0 < a.pop("/seconds") and 0 < b.pop("/seconds")                  # the only thing that may differ
+    assert 0 < a.pop("/seconds") and 0 < b.pop("/seconds")                      # the only thing that may differ
     assert a.keys() == b.keys() and any("momentum" in k or "exp_avg" in k for k in a)
     for k in a:
         assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
@@ -277,6 +276,9 @@ def test_quick_on_a_small_npz_does_not_enlarge_it(tmp_path, capsys):
     assert "28 px" in capsys.readouterr().out
     settings = torch.load(tmp_path / "run/dia.pt", weights_only=True)["settings"]
     assert (settings["image_size"], settings["optimizer"], settings["lr"]) == (28, "adamw", 1e-3)
+    larger = [*args, "--image-size", 64, "--diffusion", tmp_path / "run/diffusion.pt", "--out", tmp_path / "other"]
+    assert call(train_dia, *larger) is None and call(train_dia, *larger, "--resume") is None    # the same command goes on
+    assert "was started with 28" in call(train_dia, *larger, "--resume", "--image-size", 32)
 
 
 def test_colour_images_few_of_each_and_none_held_out(tmp_path, capsys):

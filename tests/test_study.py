@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 import dia_lib
 import evaluate
 import train_dia
-from study import probe, results
+from study import calibration, probe, results
 
 HEADER = "data,dissolve,settings,seed,steps,score,minutes,val_auroc,auroc,ap,within_group_auroc,commit"
 USUAL = "image_size=64 batch_size=16 crop_min=0.3 optimizer=adamw"
@@ -80,8 +80,8 @@ def test_tables_say_what_the_csv_says(tables):
 
 
 def test_floors_are_those_of_the_reporting_seeds(tables, tmp_path):
-    assert results.floors(tmp_path / "results.csv").splitlines()[2:] == ["| encoder untrained, `local` | 64 px | 0.600 |",
-                                                                         "| pixels | 64 px | 0.800 |"]
+    found = results.floors(tmp_path / "results.csv")
+    assert list(found.items()) == [(("encoder untrained, `local`", "64 px"), [0.6]), (("pixels", "64 px"), [0.8])]
 
 
 def test_comparison_takes_the_seeds_of_both_sides(tables):
@@ -158,4 +158,5 @@ def test_probe_of_a_run(chain, folder, tmp_path, monkeypatch, capsys):
     args = ["--data", folder, "--out", other, *STAGE2, "--holdout", "0.2", "--dissolve", "none", "--steps", 1]
     assert call(train_dia, *args) is None
     assert "not trained on the same images" in call(probe, "--out", other, *argv[2:])
+    assert "Run evaluate.py" in call(calibration, "--out", other)
     assert evaluate.run_key(torch.load(chain / "dia.pt", weights_only=True))["steps"] == 4

@@ -5,6 +5,7 @@ numbers: an energy discriminator sets normal patches apart from reconstructed on
 none is known to be anomalous itself. An image's map is the distance between its features and their reconstruction.
 """
 
+import itertools
 import math
 import time
 
@@ -224,8 +225,8 @@ def train(setting, model, normals, anomalies, out):
         done = step + 1
         if done % epoch == 0:
             values = torch.stack(losses).cpu()                              # (steps, 1 or 5)
-            for column in values.T.tolist():
-                check_loss(column, done, args.lr)
+            for column, lr in zip(values.T.tolist(), (args.lr, args.critic_lr), strict=False):
+                check_loss(column, done, lr)
             losses, seconds = [], time.perf_counter() - begun
             log(done // epoch, show=False, seconds=round(seconds, 1),
                 **dict(zip(("loss", "discriminator", *ENERGIES), values.mean(0).tolist(), strict=False)))
@@ -265,6 +266,8 @@ def main():
     if args.layers != list(range(args.layers[0], args.layers[-1] + 1)):
         raise SystemExit(f"--layers {' '.join(map(str, args.layers))}: needs neighbours, as 2 3.")
     if args.labelled:
+        if "shots" in setting.changed:
+            raise SystemExit("--labelled and --shots say the same: leave one of them out.")
         args.shots = [max(1, round(len(data.train) / (1 - share) - len(data.train))) for share in args.labelled]
     if args.strategy == "recon":                                            # is tested on all
         if args.labelled or "shots" in setting.changed:
@@ -278,6 +281,10 @@ def main():
     if maps[-1].shape[2] % 2 or maps[-1].shape[2] < 4:
         raise SystemExit(f"--image-size {setting.size}: the side of layer {args.layers[-1]}'s map is {maps[-1].shape[2]}, and "
                          "must be even, and at least 4.")
+    sides = [array.shape[2] for array in maps]
+    if any(a != 2 * b for a, b in itertools.pairwise(sides)):
+        raise SystemExit(f"--image-size {setting.size}: the sides of the maps are {', '.join(map(str, sides))}, and each must be "
+                         "half the one before: choose a multiple of 32.")
     some = [array[::-(-len(array) // 64)].astype(np.float32) for array in maps]                 # of up to 64 images
     signed, sizes = any((m < 0).any() for m in some), [float(np.square(m).mean() ** 0.5) for m in some]
     for out, chosen in runs:

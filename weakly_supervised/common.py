@@ -147,7 +147,7 @@ def runs_of(setting, none=False):
     shots = args.shots = sorted(set(args.shots))
     for n in shots:
         out = setting.out / f"shots-{n}" if len(shots) > 1 else setting.out
-        chosen = draw_shots(setting.labels, data.groups, n, args.seed, args.anomaly_class) if n or not none else np.array([], int)
+        chosen = draw_shots(setting.labels, data.groups, n, args.seed, args.anomaly_class, 0 if none else 1)
         if not getattr(args, "resume", False):
             refuse_results(out)
             if "resume" in args and (out / f"{setting.method}.pt").exists():
@@ -190,7 +190,7 @@ class Checkpoint:
         """(step, seconds) to go on from: (0, 0.0) without --resume or a checkpoint. Exits if other flags made it."""
         if not self.setting.args.resume or not self.path.exists():
             return 0, 0.0
-        state = load_checkpoint(self.path, self.setting.method, self.setting.device)
+        state = load_checkpoint(self.path, self.setting.method, "cpu")
         same_flags(self.setting, state["settings"], self.shots, self.path)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -214,11 +214,11 @@ def patch_features(maps, aggregate):
     return F.avg_pool2d(x, aggregate, 1, aggregate // 2).flatten(2).transpose(1, 2)
 
 
-def draw_shots(labels, groups, shots, seed, anomaly_class=None):
+def draw_shots(labels, groups, shots, seed, anomaly_class=None, least=1):
     """Indices into the test set (Q,) of `shots` labelled anomalies to train on, drawn as DRA does (arXiv:2203.14506).
 
     All anomalies, of one group with anomaly_class, are shuffled by RandomState(seed), and the first ones taken.
-    Exits where there are too few, or no such group.
+    Exits where there are too few, fewer than `least` are asked for, or there is no such group.
     """
     anomalies = np.flatnonzero(labels == 1)
     known = sorted({groups[i] for i in anomalies})
@@ -227,9 +227,9 @@ def draw_shots(labels, groups, shots, seed, anomaly_class=None):
             raise SystemExit(f"--anomaly-class {anomaly_class}: the groups of anomalies are {', '.join(known) or 'none'}"
                              f"{'; there must be another one to test on' if anomaly_class in known else ''}.")
         anomalies = np.array([i for i in anomalies if groups[i] == anomaly_class])
-    if not 1 <= shots < len(anomalies):
+    if not least <= shots < len(anomalies):
         within = f" in {anomaly_class}" if anomaly_class else ""
-        raise SystemExit(f"--shots {shots}: there are {len(anomalies)} anomalies{within}; it must be from 1 to "
+        raise SystemExit(f"--shots {shots}: there are {len(anomalies)} anomalies{within}; it must be from {least} to "
                          f"{len(anomalies) - 1}, so that some are left to test on.")
     return np.random.RandomState(seed).permutation(anomalies)[:shots]
 

@@ -71,18 +71,19 @@ class NormalityHead(nn.Module):
 class DRA(nn.Module):
     """Backbone and heads.
 
-    images: some normal ones (n, channels, H, W) in [0, 1]. The maps are divided by the deviation they have on these before
-    training: heads that begin far above the margin of 5, as on efficientnet_lite0, learn nothing from anomalies.
+    images: some normal ones (n, channels, H, W) in [0, 1]; size: pixels that all are brought to. The maps are divided by the
+    deviation they have on these before training: heads that begin far above the margin of 5, as on efficientnet_lite0, learn
+    nothing from anomalies.
     maps(x): images -> feature maps (n, C, h, w), one for each scale: 1, and 1/2 if scales is 2.
     forward(maps, reference): reference, for each scale the mean map (1, C, h, w) of normal images -> {head: scores (n,)},
     the mean over scales, and the positions' scores at the first scale (n, h*w), the sum over heads.
     """
 
-    def __init__(self, backbone, layer, images, heads=HEADS, scales=1):
+    def __init__(self, backbone, layer, images, heads=HEADS, scales=1, size=None):
         super().__init__()
-        self.backbone, self.layer, self.scales = backbone, layer, scales
+        self.backbone, self.layer, self.scales, self.size = backbone, layer, scales, size or images.shape[-1]
         with torch.no_grad():
-            first = backbone(images.to(backbone.mean.device), (layer,))[0]
+            first = backbone(self.fit(images.to(backbone.mean.device)), (layer,))[0]
         self.register_buffer("deviation", first.std())
         channels = first.shape[1]
         backbone.requires_grad_()
@@ -92,7 +93,11 @@ class DRA(nn.Module):
         self.heads = nn.ModuleDict({head: NormalityHead(channels) if head == "normality" else
                                     PatchHead(channels, composite=head == "residual") for head in heads})
 
+    def fit(self, x):
+        return x if x.shape[-1] == self.size else F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+
     def maps(self, x):
+        x = self.fit(x)
         with autocast(x.device):
             return [self.backbone(F.interpolate(x, scale_factor=0.5 ** i) if i else x, (self.layer,))[0] / self.deviation
                     for i in range(self.scales)]
@@ -170,7 +175,8 @@ def draw_batch(normals, anomalies, batch_size, pseudo, seed, step):
     generator = step_generator("cpu", seed, "dra", step)
     third = batch_size // 3
     rows = batch_indices(len(normals), 2 * third, seed, step).sort().values                         # in the file's order
-    x = torch.cat([normals[rows], anomalies[cycle(len(anomalies), third, seed, step)]]).float() / 255
+    labelled = anomalies[cycle(len(anomalies), third, seed, step)].float()
+    x = torch.cat([normals[rows].float(), to_channels(labelled, normals.shape[1])]) / 255
     kind = torch.tensor([NORMAL] * 2 * third + [SEEN] * third)
     if pseudo:
         for i in torch.randperm(2 * third, generator=generator)[:third]:
@@ -298,7 +304,7 @@ def main():
         torch.manual_seed(args.seed)                                        # the heads' first weights
         setting.backbone.load_state_dict(fresh)
         model = DRA(setting.backbone.eval(), args.layers[0], to_channels(references, setting.backbone.channels), args.heads,
-                    args.scales)
+                    args.scales, setting.size)
         model.to(setting.device, memory_format=torch.channels_last)
         model = train(setting, model, references, data.test[torch.from_numpy(chosen)], out)
         metrics = finish(setting, scorer(setting, model, references), out, chosen)

@@ -115,7 +115,7 @@ def main():
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; give the folders that a method of weakly_supervised wrote.")
         row = row_of(json.loads(path.read_text()))
-        insert(TABLE, list(row), row, KEY)
+        insert(TABLE, [row], KEY)
     for path, text in pages().items():
         path.write_text(text)
     print(f"wrote {TABLE} and the tables in {DETAILS} and {README}")
