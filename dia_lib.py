@@ -195,7 +195,7 @@ class UNet(nn.Module):
 
 
 def unet_of(state, device):
-    """The averaged UNet of stage 1's checkpoint `state` (DIA Sec. 4.1), without gradient, and its alpha_bar."""
+    """The averaged UNet of stage 1's checkpoint, without gradient, and its alpha_bar (T,)."""
     s = state["settings"]
     unet = UNet(s["channels"], s["dim"]).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     unet.load_state_dict(state["ema"])
