@@ -127,11 +127,11 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the H*W positions, heads of at most 32 channels, added to its input."""
+    """Self-attention over the H*W positions, heads of 32 channels or a few more, added to its input."""
 
     def __init__(self, dim):
         super().__init__()
-        self.heads = dim // math.gcd(dim, 32)
+        self.heads = next(h for h in range(max(1, dim // 32), 0, -1) if dim % h == 0)
         self.norm, self.qkv, self.out = nn.GroupNorm(8, dim), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)

@@ -228,7 +228,7 @@ def main():
     args.lr = args.lr or {"lars": 1.0, "adamw": 1e-3}[args.optimizer]
     args.steps = args.steps or 1000 * min(M // args.batch_size, 201)            # the released code's epoch
     stem, views = ("cifar" if size <= 32 else "imagenet"), (2 if args.dissolve == "none" else 3)
-    held = data.held[~data.calibration][:512]                                   # the other half is never looked at
+    held = data.held[~data.calibration]                                         # the other half is never looked at
 
     # Stage 1
     unet = abar = path = digest = stage1 = None
@@ -335,7 +335,7 @@ def main():
             validation = {}
             if saving:
                 check_weights(encoder, done, optimizer.param_groups[0]["lr"])
-                validation = validate(encoder, train, held, args.shift, args.jitter, device) if len(held) > 1 else {}
+                validation = validate(encoder, train, held[:512], args.shift, args.jitter, device) if len(held) > 1 else {}
             log(done, loss=sum(v[0] for v in values) / len(values), contrastive=sum(v[1] for v in values) / len(values),
                 **row, **validation, lr=optimizer.param_groups[0]["lr"], seconds=round(time.perf_counter() - begun, 1))
             running = []

@@ -165,9 +165,9 @@ def test_images_of_another_size_are_brought_to_the_models(weights):
         for found, expected, side in zip(model.maps(x), model.maps(larger), (8, 4), strict=True):
             assert torch.equal(found, expected) and found.shape[2:] == (side, side)
     normals, anomalies = torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.full((2, 1, 32, 32), 255, dtype=torch.uint8)
-    for a, b, channels in ((normals, anomalies, 3), (normals[:, :1], anomalies.expand(-1, 3, -1, -1), 1)):
+    for a, b in ((normals, anomalies), (normals[:, :1], anomalies.expand(-1, 3, -1, -1))):
         images, kind = dra.draw_batch(a, b, 6, False, 0, 0)
-        assert images.shape == (6, channels, 32, 32) and images[kind == dra.SEEN].min() > 0.99 and images[kind == 0].max() == 0
+        assert images.shape == (6, 3, 32, 32) and images[kind == dra.SEEN].min() > 0.99 and images[kind == 0].max() == 0
 
 
 def test_batch_norm_settles_on_the_last_weights():

@@ -71,6 +71,7 @@ def test_unet_keeps_the_shape_and_uses_t():
     out = unet(x, torch.tensor([5, 5]))
     assert out.shape == x.shape
     assert not torch.allclose(out, unet(x, torch.tensor([5, 900]))[:2], atol=1e-4)
+    assert [lib.Attention(dim).heads for dim in (16, 48, 64, 512, 112)] == [1, 1, 2, 16, 2]
     for dim in (24, 56, 88):                                                    # widths that 32 does not divide
         assert lib.UNet(1, dim)(x[:1, :, :8, :8], torch.tensor([5])).shape == (1, 1, 8, 8)
 

@@ -175,8 +175,8 @@ def draw_batch(normals, anomalies, batch_size, pseudo, seed, step):
     generator = step_generator("cpu", seed, "dra", step)
     third = batch_size // 3
     rows = batch_indices(len(normals), 2 * third, seed, step).sort().values                         # in the file's order
-    labelled = anomalies[cycle(len(anomalies), third, seed, step)].float()
-    x = torch.cat([normals[rows].float(), to_channels(labelled, normals.shape[1])]) / 255
+    parts = normals[rows], anomalies[cycle(len(anomalies), third, seed, step)]
+    x = torch.cat([to_channels(part.float(), max(p.shape[1] for p in parts)) for part in parts]) / 255
     kind = torch.tensor([NORMAL] * 2 * third + [SEEN] * third)
     if pseudo:
         for i in torch.randperm(2 * third, generator=generator)[:third]:
