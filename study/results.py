@@ -72,6 +72,12 @@ def spread(values):
     return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
+def mean_minutes(values):
+    """"42.6" of several minutes; None, of a run that was paused, does not count; "" of none."""
+    values = [v for v in values if v is not None]
+    return f"{statistics.fmean(values):.1f}" if values else ""
+
+
 def markdown(header, rows):
     """A Markdown table of strings."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
@@ -95,12 +101,11 @@ def contrast(rows, setting):
         if any(runs):
             each = [", ".join(f"{by[s]['auroc']:.3f}" for s in sorted(by)) for by in runs]
             means = [spread(r["auroc"] for r in by.values()) for by in runs]
-            minutes = [r["minutes"] for r in runs[0].values() if r["minutes"] is not None]      # not of runs that were paused
             table.append([NAMES.get(mode, f"`{mode}`"), ", ".join(map(str, sorted(runs[0]))),
                           *(f"**{mean}** ({values})" for mean, values in zip(means, each, strict=True)),
                           spread(r["within_group_auroc"] for r in runs[-1].values()),
                           " / ".join(spread(r["val_auroc"] for r in by.values()).split(" ")[0] for by in runs),
-                          f"{statistics.fmean(minutes):.1f}" if minutes else ""])
+                          mean_minutes(r["minutes"] for r in runs[0].values())])
     return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES), f"within mono and poly, `{SCORES[-1]}`",
                      "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
 

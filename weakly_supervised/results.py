@@ -56,8 +56,8 @@ def figures(runs, name):
 
 
 def minutes(runs):
-    seconds = figures(runs, "seconds")
-    return f"{statistics.fmean(seconds) / 60:.1f}" if seconds else ""
+    """The mean minutes of runs, for a table."""
+    return study.mean_minutes(seconds / 60 for seconds in figures(runs, "seconds"))
 
 
 def table(rows):
@@ -85,9 +85,8 @@ def systems(rows, encoders, floors):
     for mode in study.MODES:
         runs = study.of(encoders, mode, study.LONGER, "local").values()
         if runs:
-            took = [r["minutes"] for r in runs if r["minutes"] is not None]
             name = f"{study.NAMES.get(mode, f'`{mode}`')}, score `local` (64 px, {study.LONGER})"
-            found.append([name, "0", "none", [r["auroc"] for r in runs], f"{statistics.fmean(took):.1f}" if took else ""])
+            found.append([name, "0", "none", [r["auroc"] for r in runs], study.mean_minutes(r["minutes"] for r in runs)])
     for (_, method, backbone, shots, group, switches), runs in grouped(rows).items():
         name = SYSTEMS.get((method, switches))
         if name and not group:
