@@ -289,7 +289,7 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
     (["--layers", 2, 4], "needs neighbours"), (["--epochs", 0], "at least 1"), (["--batch-size", 300], "must be from 1 to"),
     (["--lambda", -1], "from 0 on"), (["--critic-lr", 0], "one above 0"),
     (["--strategy", "recon"], "leave --shots"),
-    (["--layers", 2, 3, "--image-size", 48], "must be even"), (["--image-size", 60], "must be half the one before"),
+    (["--layers", 2, 3, "--image-size", 48], "the last even"), (["--image-size", 60], "half the one before"),
     (["--layers", 3, "--image-size", 32], "at least 4"),
     (["--shots", 18], "from 0 to 17"),
     (["--labelled", "70%", "--shots", 10], "from 0 to 17"), (["--labelled", "20%"], "leave one of them out"),

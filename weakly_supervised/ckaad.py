@@ -278,13 +278,10 @@ def main():
           f"{args.backbone} at {setting.size} px, layers {args.layers}, strategy {args.strategy}, {args.epochs} epochs, "
           f"seed {args.seed}; {setting.device}, {precision(setting.device)}", flush=True)
     maps, test = setting.begin()
-    if maps[-1].shape[2] % 2 or maps[-1].shape[2] < 4:
-        raise SystemExit(f"--image-size {setting.size}: the side of layer {args.layers[-1]}'s map is {maps[-1].shape[2]}, and "
-                         "must be even, and at least 4.")
     sides = [array.shape[2] for array in maps]
-    if any(a != 2 * b for a, b in itertools.pairwise(sides)):
-        raise SystemExit(f"--image-size {setting.size}: the sides of the maps are {', '.join(map(str, sides))}, and each must be "
-                         "half the one before: choose a multiple of 32.")
+    if any(a != 2 * b for a, b in itertools.pairwise(sides)) or sides[-1] % 2 or sides[-1] < 4:
+        raise SystemExit(f"--image-size {setting.size}: the sides of the maps are {', '.join(map(str, sides))}; each must be "
+                         "half the one before, and the last even and at least 4: choose a multiple of 32, as 256.")
     some = [array[::-(-len(array) // 64)].astype(np.float32) for array in maps]                 # of up to 64 images
     signed, sizes = any((m < 0).any() for m in some), [float(np.square(m).mean() ** 0.5) for m in some]
     for out, chosen in runs:
