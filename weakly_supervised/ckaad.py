@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms.functional import gaussian_blur
 from torchvision.transforms.v2 import ElasticTransform
 from tqdm import tqdm
 
 from dia_lib import Log, autocast, batch_indices, check_batch, check_loss, precision, run
-from weakly_supervised.common import Checkpoint, Setting, cycle, finish, flags, load, results_of, runs_of, shots_flags
+from weakly_supervised.common import Checkpoint, Setting, cycle, finish, flags, load, results_of, runs_of, shots_flags, smoothed
 
 STRATEGIES = ("recon", "minus-anomaly", "gan", "image", "patch")            # Tab. 3: Recon, ReconSub, GAN, CKAImg, CKAPatch
 MARGIN, GAMMA = 5.0, 0.5                                                    # a and gamma of Eq. 11
@@ -163,10 +162,9 @@ def anomaly_maps(maps, found):
 def image_scores(maps, size):
     """Anomaly maps [(n, h, w), ...] -> (n,): brought to size x size, summed, smoothed; the mean of the highest pixels.
 
-    At a size of 256 the Gaussian has 4 pixels, and the highest are 100, as released; at others as much of the image.
+    At a size of 256 the highest are 100, as released; at others as much of the image.
     """
-    whole, sigma = sum(F.interpolate(m[:, None], (size, size), mode="bilinear", align_corners=True) for m in maps), 4 * size / 256
-    whole = gaussian_blur(whole, min(2 * math.ceil(4 * sigma) + 1, size - 1 + size % 2), sigma)         # (n, 1, size, size)
+    whole = smoothed(sum(F.interpolate(m[:, None], (size, size), mode="bilinear", align_corners=True) for m in maps))
     return whole.flatten(1).topk(max(1, round(100 * (size / 256) ** 2))).values.mean(1)
 
 

@@ -379,7 +379,12 @@ def pictures(setting, out, scores, maps, test, normal):
 
 
 def heat_map(scores, size):
-    """Patch scores (P,) of a square grid as a map (size, size): bilinear, then a Gaussian of 4 pixels in 256, as released."""
-    side, sigma = math.isqrt(len(scores)), 4 * size / 256
-    x = F.interpolate(scores.view(1, 1, side, side), (size, size), mode="bilinear")
-    return gaussian_blur(x, 2 * math.ceil(3 * sigma) + 1, sigma)[0, 0]
+    """Patch scores (P,) of a square grid as a map (size, size): bilinear, then smoothed."""
+    side = math.isqrt(len(scores))
+    return smoothed(F.interpolate(scores.view(1, 1, side, side), (size, size), mode="bilinear"))[0, 0]
+
+
+def smoothed(maps):
+    """Maps (n, 1, H, H) under a Gaussian of 4 pixels in 256, out to four deviations, as WSCXR and CKAAD are released."""
+    sigma = 4 * maps.shape[-1] / 256
+    return gaussian_blur(maps, 2 * math.ceil(4 * sigma) + 1, sigma)
