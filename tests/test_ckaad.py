@@ -264,20 +264,20 @@ def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
-    args = [*tiny, *FEW, "--epochs", 12, "--batch-size", 14, "--shots", 2]
+    args = [*tiny, *FEW, "--epochs", 4, "--batch-size", 14, "--shots", 2]
     assert call(ckaad, *args, "--out", tmp_path / "whole") is None
     real, calls = ckaad.load, []
 
     def stop(*given):
         calls.append(given)
-        if len(calls) == 2 * 11 * 2 + 2:                                    # two loads a step; the last checkpoint is of epoch 10
+        if len(calls) == 2 * 5 + 2:                                         # two loads a step; the last checkpoint is of step 4
             raise KeyboardInterrupt
         return real(*given)
     with monkeypatch.context() as m:
         m.setattr(ckaad, "load", stop)
         assert call(ckaad, *args, "--out", tmp_path / "cut") == 130
     assert "go on with --resume" in call(ckaad, *args, "--out", tmp_path / "cut")
-    assert "made with epochs 12, not 13" in call(ckaad, *args, "--epochs", 13, "--resume", "--out", tmp_path / "cut")
+    assert "made with epochs 4, not 5" in call(ckaad, *args, "--epochs", 5, "--resume", "--out", tmp_path / "cut")
     assert call(ckaad, *args, "--resume", "--out", tmp_path / "cut") is None
     whole, cut = (torch.load(tmp_path / name / "ckaad.pt", weights_only=True) for name in ("whole", "cut"))
     assert all(torch.equal(v, flat(cut["model"])[k]) for k, v in flat(whole["model"]).items())

@@ -228,8 +228,7 @@ def train(setting, model, normals, anomalies, out):
             losses, seconds = [], time.perf_counter() - begun
             log(done // epoch, show=False, seconds=round(seconds, 1),
                 **dict(zip(("loss", "discriminator", *ENERGIES), values.mean(0).tolist(), strict=False)))
-            if done // epoch % 10 == 0 or done == steps:
-                checkpoint.save(done, seconds, args.lr)
+            checkpoint.save(done, seconds, args.lr)
     setting.begun = time.perf_counter() - seconds
     return model.eval()
 
@@ -248,13 +247,13 @@ def main():
                         "images, instead of --shots: 5%% of 1,012 normals are 53 (default: none)")
     parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies serve for: nothing "
                         "(recon), to be reconstructed badly, or one of three adversarial losses (default: patch)")
-    parser.add_argument("--lambda", dest="weight", type=float, default=0.02, help="weight of the adversarial loss; with "
-                        "minus-anomaly of the anomalies' reconstruction (default: 0.02)")
-    parser.add_argument("--epochs", type=int, default=200, help="passes over the normal images (default: 200)")
-    parser.add_argument("--batch-size", type=int, default=32, help="normal images a step, and as many anomalies (default: 32)")
+    parser.add_argument("--lambda", dest="weight", type=float, default=0.1, help="weight of the adversarial loss; with "
+                        "minus-anomaly of the anomalies' reconstruction (default: 0.1)")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the normal images (default: 12)")
+    parser.add_argument("--batch-size", type=int, default=8, help="normal images a step, and as many anomalies (default: 8)")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate for the auto-encoder (default: 1e-3)")
-    parser.add_argument("--critic-lr", type=float, default=1e-4, help="Adam's learning rate for the discriminators (default: "
-                        "1e-4)")
+    parser.add_argument("--critic-lr", type=float, default=1e-3, help="Adam's learning rate for the discriminators (default: "
+                        "1e-3)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckaad.pt, with the same flags")
     setting = Setting(parser, "ckaad")
     args, data = setting.args, setting.data
