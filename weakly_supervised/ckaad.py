@@ -242,18 +242,18 @@ def percent(text):
 
 
 def main():
-    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3]))
+    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], size=160))
     parser.add_argument("--labelled", type=percent, nargs="+", metavar="P%", help="labelled anomalies, as shares of the training "
                         "images, instead of --shots: 5%% of 1,012 normals are 53 (default: none)")
     parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies serve for: nothing "
                         "(recon), to be reconstructed badly, or one of three adversarial losses (default: patch)")
-    parser.add_argument("--lambda", dest="weight", type=float, default=0.1, help="weight of the adversarial loss; with "
-                        "minus-anomaly of the anomalies' reconstruction (default: 0.1)")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the normal images (default: 12)")
+    parser.add_argument("--lambda", dest="weight", type=float, default=0.02, help="weight of the adversarial loss; with "
+                        "minus-anomaly of the anomalies' reconstruction (default: 0.02)")
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the normal images (default: 40)")
     parser.add_argument("--batch-size", type=int, default=8, help="normal images a step, and as many anomalies (default: 8)")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate for the auto-encoder (default: 1e-3)")
-    parser.add_argument("--critic-lr", type=float, default=1e-3, help="Adam's learning rate for the discriminators (default: "
-                        "1e-3)")
+    parser.add_argument("--critic-lr", type=float, default=1e-4, help="Adam's learning rate for the discriminators (default: "
+                        "1e-4)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckaad.pt, with the same flags")
     setting = Setting(parser, "ckaad")
     args, data = setting.args, setting.data
