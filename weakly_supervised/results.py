@@ -25,7 +25,7 @@ KEY = ["data", "method", "backbone", "shots", "anomaly_class", "switches", "seed
 FIGURES = ["auroc", "average_precision", "within_group_mean", "f1_at_fpr", "accuracy_at_fpr", "f1_threshold_chosen_on_test",
            "accuracy_threshold_chosen_on_test", "auroc_seen_class", "auroc_all", "val_auroc", "seconds"]
 ELSEWHERE = {"data", "out", "seed", "backbone", "shots", "anomaly_class", "device", "maps", "layers",
-             "image_size", "resume", "labelled"}    # flags that have columns of their own, or change no figure
+             "resume", "labelled"}    # flags that have columns of their own, or change no figure
 SYSTEMS = {("nearest", ""): "nearest neighbour", ("nearest", "aggregate=1"): "nearest neighbour", ("wscxr", ""): "WSCXR",
            ("wscxr", "aggregate=1"): "WSCXR", ("dra", ""): "DRA", ("dra", "heads=seen"): "DevNet", ("ckaad", ""): "CKAAD"}
 
