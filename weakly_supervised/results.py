@@ -27,7 +27,8 @@ FIGURES = ["auroc", "average_precision", "within_group_mean", "f1_at_fpr", "accu
 ELSEWHERE = {"data", "out", "seed", "backbone", "shots", "anomaly_class", "device", "maps", "layers",
              "resume", "labelled"}    # flags that have columns of their own, or change no figure
 SYSTEMS = {("nearest", ""): "nearest neighbour", ("nearest", "aggregate=1"): "nearest neighbour", ("wscxr", ""): "WSCXR",
-           ("wscxr", "aggregate=1"): "WSCXR", ("dra", ""): "DRA", ("dra", "heads=seen"): "DevNet", ("ckaad", ""): "CKAAD"}
+           ("wscxr", "aggregate=1"): "WSCXR", ("dra", ""): "DRA", ("dra", "heads=seen"): "DevNet", ("ckaad", ""): "CKAAD",
+           ("ckaad", "strategy=recon"): "CKAAD's auto-encoder alone"}
 
 
 def row_of(metrics):
