@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,13 @@ from weakly_supervised import ckaad, common
 def maps_of(n, channels=(8, 16), side=8, shift=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(n, c, side // 2 ** i, side // 2 ** i, generator=generator) + shift for i, c in enumerate(channels)]
+
+
+class Maps(list):
+    """Maps in the place of images: their length is the number of images."""
+
+    def __len__(self):
+        return len(self[0])
 
 
 def as_numpy(maps):
@@ -174,15 +182,43 @@ def test_maps_and_scores_equal_a_loop():
         rows = np.array([np.interp(at, range(side), a[1, i]) for i in range(side)])                     # (side, size)
         whole += np.array([np.interp(at, range(side), rows[:, j]) for j in range(size)]).T
     smooth = ndimage.gaussian_filter(whole, 0.5, mode="mirror", truncate=4.0)
-    assert ckaad.image_scores(of_layers, size)[1].item() == pytest.approx(np.sort(smooth.ravel())[-2:].mean(), rel=5e-3)
+    scores = ckaad.image_scores(ckaad.whole_map(of_layers, size))
+    assert scores[1].item() == pytest.approx(np.sort(smooth.ravel())[-2:].mean(), rel=5e-3)
     ramp = torch.linspace(0, 1, 256).expand(1, 256, 256)                    # at 256 px the mean of the highest 100 of it
-    assert ckaad.image_scores([ramp], 256).item() == pytest.approx(1, abs=0.02)
+    assert ckaad.image_scores(ramp[:, None]).item() == pytest.approx(1, abs=0.02)
     spot = torch.zeros(1, 256, 256)
     spot[:, 100:150, 100:150] = 1
     spot[:, 120:124, 120:145] = 9                                           # 100 pixels, smoothed
     smooth = ndimage.gaussian_filter(spot[0].numpy(), 4, mode="mirror")
-    assert ckaad.image_scores([spot], 256).item() == pytest.approx(np.sort(smooth.ravel())[-100:].mean(), rel=1e-3)
-    assert ckaad.image_scores([m[:, :1, :1] for m in of_layers], 8).shape == (2,)
+    assert ckaad.image_scores(spot[:, None]).item() == pytest.approx(np.sort(smooth.ravel())[-100:].mean(), rel=1e-3)
+    assert ckaad.image_scores(ckaad.whole_map([m[:, :1, :1] for m in of_layers], 8)).shape == (2,)
+
+
+def test_scores_and_maps_are_those_of_the_reconstructions():
+    torch.manual_seed(0)
+    setting = Namespace(features=as_numpy, device=torch.device("cpu"), size=32)
+    maps, model = maps_of(5), ckaad.CKAAD([8, 16], signed=True).eval()
+    scores, whole = ckaad.scorer(setting, model, batch=2)(Maps(maps))
+    with torch.no_grad():
+        expected = ckaad.whole_map(ckaad.anomaly_maps(maps, model.reconstruct(maps)), 32)
+    torch.testing.assert_close(whole.view(5, 1, 32, 32), expected, atol=2e-2, rtol=0)       # bfloat16, other batches
+    torch.testing.assert_close(scores, ckaad.image_scores(expected), atol=2e-2, rtol=0)
+    assert scores.std() > 0.05                                              # so that the tolerance tells images apart
+    assert common.heat_map(whole[0], 32).max() == pytest.approx(common.smoothed(whole[0].view(1, 1, 32, 32)).max())
+    none = ckaad.scorer(setting, model)(Maps([m[:0] for m in maps]))
+    assert none[0].shape == (0,) and none[1].shape == (0, 1)
+
+
+def test_distorted_images_are_moved_by_a_share_of_their_side():
+    for side in (16, 64, 256):
+        x = torch.linspace(0, 255, side).expand(2, 1, side, side).round().to(torch.uint8)               # position is brightness
+        state = torch.get_rng_state()
+        found = ckaad.distorted(x, 3)
+        assert torch.equal(torch.get_rng_state(), state) and torch.equal(found, ckaad.distorted(x, 3))
+        assert not torch.equal(found, ckaad.distorted(x, 4)) and not torch.equal(found[0], found[1])
+        inside = slice(side // 8, -(side // 8))
+        moved = (found.float() - x.float())[..., inside, inside].std() / 255
+        assert 0.009 < moved < 0.018, (side, moved)
 
 
 def test_pixel_metrics_equal_a_count():

@@ -159,35 +159,42 @@ def anomaly_maps(maps, found):
     return [1 - F.cosine_similarity(m, f, dim=1) for m, f in zip(maps, found, strict=True)]
 
 
-def image_scores(maps, size):
-    """Anomaly maps [(n, h, w), ...] -> (n,): brought to size x size, summed, smoothed; the mean of the highest pixels.
+def whole_map(maps, size):
+    """Anomaly maps [(n, h, w), ...], each brought to size x size, and summed: (n, 1, size, size)."""
+    return sum(F.interpolate(m[:, None], (size, size), mode="bilinear", align_corners=True) for m in maps)
+
+
+def image_scores(whole):
+    """Summed maps (n, 1, H, H) -> (n,): the mean of the highest pixels, once smoothed.
 
     At a size of 256 the highest are 100, as released; at others as much of the image.
     """
-    whole = smoothed(sum(F.interpolate(m[:, None], (size, size), mode="bilinear", align_corners=True) for m in maps))
-    return whole.flatten(1).topk(max(1, round(100 * (size / 256) ** 2))).values.mean(1)
+    return smoothed(whole).flatten(1).topk(max(1, round(100 * (whole.shape[-1] / 256) ** 2))).values.mean(1)
 
 
 def scorer(setting, model, batch=32):
-    """How `finish` scores images: (n,) and, at the size of the largest map, the summed anomaly maps (n, P)."""
+    """How `finish` scores images: (n,), and the summed maps (n, size * size), which it smooths for pictures and pixel metrics."""
     @torch.no_grad()
     def score(images):
-        arrays, scores, patches = setting.features(images), [torch.empty(0)], []
+        arrays, scores, wholes = setting.features(images), [torch.empty(0)], [torch.empty(0, 1)]
         for i in range(0, len(images), batch):
             maps = load(arrays, slice(i, i + batch), setting.device)
-            of_layers = anomaly_maps(maps, model.reconstruct(maps))
-            largest = of_layers[0].shape[1:]
-            scores.append(image_scores(of_layers, setting.size).cpu())
-            patches.append(sum(F.interpolate(m[:, None], largest, mode="bilinear") for m in of_layers).flatten(1).cpu())
-        return torch.cat(scores), torch.cat(patches) if patches else torch.empty(0, 1)
+            whole = whole_map(anomaly_maps(maps, model.reconstruct(maps)), setting.size)
+            scores.append(image_scores(whole).cpu())
+            wholes.append(whole.flatten(1).cpu())
+        return torch.cat(scores), torch.cat(wholes[1:] or wholes)
     return score
 
 
 def distorted(images, seed):
-    """Elastically distorted copies of normal images (n, C, H, W): anomalies where none is labelled (the paper's appendix)."""
+    """Elastically distorted copies of normal images (n, C, H, W): anomalies where none is labelled (the paper's appendix).
+
+    By torchvision's standards at 256 pixels but for alpha 200; at other sizes by as much of the image.
+    """
+    part = images.shape[-1] / 256
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transform = ElasticTransform(alpha=200.0)
+        transform = ElasticTransform(alpha=200.0 * part ** 2, sigma=5.0 * part)
         return torch.stack([transform(image) for image in images])
 
 
@@ -234,9 +241,9 @@ def train(setting, model, normals, anomalies, out):
 
 
 def percent(text):
-    """"5%" or "5" -> 0.05."""
+    """"5%" -> 0.05."""
     share = float(text.removesuffix("%")) / 100
-    if not 0 < share < 1:
+    if not 0 < share < 1 or not text.endswith("%"):
         raise ValueError
     return share
 
