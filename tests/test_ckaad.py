@@ -209,6 +209,13 @@ def test_scores_and_maps_are_those_of_the_reconstructions():
     assert none[0].shape == (0,) and none[1].shape == (0, 1)
 
 
+@pytest.mark.parametrize("text", ["5", "0%", "100%", "-1%", "many%", "nan%"])
+def test_a_share_is_per_cent(text):
+    assert ckaad.percent("5%") == 0.05 and ckaad.percent("0.1%") == 0.001
+    with pytest.raises(ValueError):
+        ckaad.percent(text)
+
+
 def test_distorted_images_are_moved_by_a_share_of_their_side():
     for side in (16, 64, 256):
         x = torch.linspace(0, 255, side).expand(2, 1, side, side).round().to(torch.uint8)               # position is brightness
