@@ -20,6 +20,8 @@ import itertools
 import json
 import math
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -767,6 +769,17 @@ def pick_device(name):
         raise SystemExit(f"--device {name}: this machine or this build of torch has no such device. "
                          "Use --device cpu, or leave it out.") from None
     return torch.device(name)
+
+
+def processor(device):
+    """Name of the chip that computes, without its trade marks ("AMD EPYC 9B14", "NVIDIA L4"): what minutes are minutes of."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        name = re.search(r"^model name\s*: *(.*)", Path("/proc/cpuinfo").read_text(), re.M)[1]
+    except (OSError, TypeError):                                            # not Linux, or a chip that has no such line
+        name = platform.processor() or platform.machine()
+    return " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|\d+-Core|@.*", " ", name).split())
 
 
 def has_bfloat16(device):

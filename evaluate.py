@@ -408,7 +408,7 @@ def append_result(path, state, labels=None, parts=None, groups=None, metrics=Non
             figures |= {"auroc": roc_auc_score(labels, values), "ap": average_precision_score(labels, values),
                         "within_group_auroc": statistics.fmean(within.values()) if within else None}
         figures = {k: "" if v is None else f"{v:.4f}" for k, v in figures.items()}
-        rows.append({**run, "score": score, **figures, "commit": state["settings"].get("commit", "")})
+        rows.append({**run, "score": score, **figures, **{k: state["settings"].get(k, "") for k in ("commit", "processor")}})
         if parts:
             each.append({**run, "score": score, "values": " ".join(f"{v:.7g}" for v in values)})
     for name, value in (metrics or {"floors_auroc": {}})["floors_auroc"].items():

@@ -27,8 +27,8 @@ from dia_data import cache_path, load_data, new_array
 from dia_lib import (
     SCORES, Encoder, K, Log, autocast, batch_indices, check_batch, check_loss, check_weights,
     code_version, contrastive_loss, dissolve_small, dissolve_view, embed, fit_normals, fit_to, load_checkpoint, make_views,
-    parse_training, pick_device, place, precision, report_time, run, save_checkpoint, score_embedded, score_images, send,
-    sha256_of, step_generator, synthetic_defects, to_float, training_flags, unet_of,
+    parse_training, pick_device, place, precision, processor, report_time, run, save_checkpoint, score_embedded, score_images,
+    send, sha256_of, step_generator, synthetic_defects, to_float, training_flags, unet_of,
 )
 
 QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw", twin_weight=1000.0)
@@ -281,7 +281,8 @@ def main():
     log = Log(args.out, "dia", start)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "quick", "diffusion")}
     settings |= {"channels": channels, "stem": stem, "fingerprint": data.fingerprint, "diffusion": path and str(path),
-                 "diffusion_sha256": digest, "stage1": stage1, "commit": code_version()}
+                 "diffusion_sha256": digest, "stage1": stage1, "commit": code_version(),
+                 "processor": processor(device)}
     print(f"stage 2, {data.name}: {M} training and {len(held)} held-out normals, {channels} x {size} px; dissolve "
           f"{args.dissolve}{f' from a bank of {args.bank}' if args.bank else ''}, t in [{args.t_range[0]}, "
           f"{args.t_range[1]}), shift {args.shift}, twins {args.twins}; batch "

@@ -26,6 +26,7 @@ SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"           # the se
 AS_LONG = {SHOWN: "620 steps"}          # CSI with as many seconds as DIA at that setting, not as many steps
 USED_BY = {"twin_weight": {*MODES} - {"none"}, "dissolve_size": {*MODES} - {"none", "copy"}, "gain": {"residual"},
            "t_range": {"diffusion", "residual"}}                                    # flags that do nothing in other modes
+PROCESSOR = "AMD EPYC"                  # that minutes are of, where no other is named
 SEEDS = (0, 1, 2)                       # for reporting; choices are made with others
 
 
@@ -73,9 +74,15 @@ def spread(values):
 
 
 def mean_minutes(values):
-    """"42.6" of several minutes; None, of a run that was paused, does not count; "" of none."""
-    values = [v for v in values if v is not None]
-    return f"{statistics.fmean(values):.1f}" if values else ""
+    """"42.6" of several (minutes, processor); "42.6, 27.0 (Intel Xeon)" where they were measured on two.
+
+    None, the minutes of a run that was paused, does not count; "" of none.
+    """
+    each = {}
+    for minutes, processor in values:
+        if minutes is not None:
+            each.setdefault("" if processor.startswith(PROCESSOR) else f" ({processor})", []).append(minutes)
+    return ", ".join(f"{statistics.fmean(minutes):.1f}{name}" for name, minutes in sorted(each.items()))
 
 
 def markdown(header, rows):
@@ -105,7 +112,7 @@ def contrast(rows, setting):
                           *(f"**{mean}** ({values})" for mean, values in zip(means, each, strict=True)),
                           spread(r["within_group_auroc"] for r in runs[-1].values()),
                           " / ".join(spread(r["val_auroc"] for r in by.values()).split(" ")[0] for by in runs),
-                          mean_minutes(r["minutes"] for r in runs[0].values())])
+                          mean_minutes((r["minutes"], r["processor"]) for r in runs[0].values())])
     return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES), f"within mono and poly, `{SCORES[-1]}`",
                      "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
 

@@ -83,7 +83,7 @@ def test_runs_are_gathered_in_a_table(own_chain, folder, tmp_path, monkeypatch):
     expected = json.loads((tmp_path / "run/metrics.json").read_text())["floors_auroc"]
     assert len(every) == 13 and floors == pytest.approx(expected, abs=1e-4)
     assert list(rows[0]) == ["data", "dissolve", "settings", "seed", "steps", "score", "minutes", "val_auroc", "auroc", "ap",
-                             "within_group_auroc", "commit"]
+                             "within_group_auroc", "commit", "processor"]
     assert [(r["data"], r["dissolve"], r["steps"]) for r in rows[::3]] == [("tiles", "diffusion", "4"), ("tiles", "resize", "2"),
                                                                            ("tiles", "resize", "1")]
     assert [r["score"] for r in rows] == list(dia_lib.SCORES) * 3
@@ -105,6 +105,7 @@ def test_runs_are_gathered_in_a_table(own_chain, folder, tmp_path, monkeypatch):
             again = roc_auc_score(labels, [float(v) for v in values["values"].split()])
             assert float(row["auroc"]) == pytest.approx(again, abs=1e-3)
             assert float(row["val_auroc"]) == pytest.approx(last[evaluate.VALIDATION[row["score"]]], abs=1e-4)
+            assert row["processor"] == dia_lib.processor(torch.device("cpu")) != ""
             assert float(row["minutes"]) * 60 == pytest.approx(last["seconds"], abs=3)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert "another table" in call(evaluate, "--out", own_chain, "--validation-only", "--results", tmp_path / "other.csv")

@@ -13,19 +13,19 @@ import evaluate
 import train_dia
 from study import calibration, probe, results
 
-HEADER = "data,dissolve,settings,seed,steps,score,minutes,val_auroc,auroc,ap,within_group_auroc,commit"
+HEADER = "data,dissolve,settings,seed,steps,score,minutes,val_auroc,auroc,ap,within_group_auroc,commit,processor"
 USUAL = "image_size=64 batch_size=16 crop_min=0.3 optimizer=adamw"
-ROWS = [f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,400,csi,8.0,0.70,0.71,0.8,0.75,abc",
-        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,1,400,csi,9.0,0.72,0.73,0.8,0.77,abc",
-        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,200,csi,4.0,0.60,0.61,0.8,0.75,abc",       # kept on the way
-        f"elpv,none,{USUAL} steps=400,1,400,csi,5.0,0.70,0.7,0.8,0.75,abc",
-        f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,csi,5.0,0.66,,,,abc",
-        "elpv,diffusion,image_size=64 crop_min=0.3 optimizer=adamw steps=400 stage1_batch_size=16,10,400,csi,5.0,0.64,,,,abc",
-        f"other,diffusion,{USUAL} steps=400,0,400,csi,5.0,0.1,0.1,0.1,0.1,abc",
-        f"elpv,diffusion,{USUAL} steps=400,11,400,csi,5.0,0.63,0.99,0.9,0.9,abc"]                         # a search seed, tested
-FLOORS = ["elpv,floor: pixels,image_size=64 holdout=0.1,,0,,,,0.8,,,",
-          "elpv,floor: encoder untrained,image_size=64,1,0,local,,,0.6,,,",
-          "elpv,floor: encoder untrained,image_size=64,10,0,local,,,0.1,,,"]
+ROWS = [f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,400,csi,8.0,0.70,0.71,0.8,0.75,abc,AMD EPYC",
+        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,1,400,csi,9.0,0.72,0.73,0.8,0.77,abc,AMD EPYC",
+        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,200,csi,4.0,0.60,0.61,0.8,0.75,abc,AMD EPYC",       # kept on the way
+        f"elpv,none,{USUAL} steps=400,1,400,csi,5.0,0.70,0.7,0.8,0.75,abc,AMD EPYC",
+        f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,csi,5.0,0.66,,,,abc,AMD EPYC",
+        "elpv,diffusion,image_size=64 crop_min=0.3 optimizer=adamw steps=400 stage1_batch_size=16,10,400,csi,5.0,0.64,,,,abc,",
+        f"other,diffusion,{USUAL} steps=400,0,400,csi,5.0,0.1,0.1,0.1,0.1,abc,AMD EPYC",
+        f"elpv,diffusion,{USUAL} steps=400,11,400,csi,5.0,0.63,0.99,0.9,0.9,abc,AMD EPYC"]          # a search seed, tested
+FLOORS = ["elpv,floor: pixels,image_size=64 holdout=0.1,,0,,,,0.8,,,,",
+          "elpv,floor: encoder untrained,image_size=64,1,0,local,,,0.6,,,,",
+          "elpv,floor: encoder untrained,image_size=64,10,0,local,,,0.1,,,,"]
 ROWS += [row.replace(",csi,", f",{score},") for row in ROWS for score in ("cos", "local")]
 
 
@@ -77,6 +77,12 @@ def test_tables_say_what_the_csv_says(tables):
     assert results.put(text, "x", "| new |") == "a\n<!-- study: x -->\n\n| new |\n\n<!-- end -->\nb"
     with pytest.raises(SystemExit, match="no block"):
         results.put(text, "y", "")
+
+
+def test_minutes_of_another_processor_are_named():
+    assert results.mean_minutes([(8.0, "AMD EPYC 9B14"), (None, ""), (9.0, "AMD EPYC")]) == "8.5"
+    assert results.mean_minutes([(5.0, "Intel Xeon"), (8.0, "AMD EPYC"), (6.0, "Intel Xeon")]) == "8.0, 5.5 (Intel Xeon)"
+    assert results.mean_minutes([(None, "")]) == ""
 
 
 def test_floors_are_those_of_the_reporting_seeds(tables, tmp_path):

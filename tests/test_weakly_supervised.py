@@ -293,7 +293,8 @@ def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
         (tmp_path / f"{name}.md").write_text(f"a\n<!-- study: {block} -->\nold\n<!-- end -->\nb\n")
     settings = {"data": "elpv", "method": "wscxr", "backbone": "dia:runs/x", "image_size": 64, "layers": [3], "seed": 0,
                 "anomaly_class": None}
-    metrics = dict.fromkeys(results.FIGURES) | {"auroc": 0.8, "within_group_mean": 0.75, "seconds": 90, "shots": ["a", "b"]}
+    metrics = dict.fromkeys(results.FIGURES) | {"auroc": 0.8, "within_group_mean": 0.75, "seconds": 90, "shots": ["a", "b"],
+                                               "processor": "AMD EPYC"}
 
     def run(name, figures, changed=None, **words):
         (tmp_path / name).mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from dia_lib import (
     check_weights,
     load_checkpoint,
     pick_device,
+    processor,
     save_checkpoint,
     save_grid,
     send,
@@ -324,7 +325,7 @@ def finish(setting, score, out=None, shots=None, **more):
                 "shots": [] if shots is None else [data.paths[i] for i in shots],
                 "settings": {**vars(args), "out": str(out), "method": setting.method, "changed": setting.changed,
                              "fingerprint": data.fingerprint},
-                "seconds": round(time.perf_counter() - setting.begun, 1)}
+                "seconds": round(time.perf_counter() - setting.begun, 1), "processor": processor(setting.device)}
 
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.csv", *([values[i] for i in test] for values in (data.paths, data.groups)), labels[test],

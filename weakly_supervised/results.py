@@ -40,7 +40,7 @@ def row_of(metrics):
     key = [data_name(s["data"]), s["method"], f"{backbone} {s['image_size']} px, layers {' '.join(map(str, s['layers']))}",
            len(metrics["shots"]), s.get("anomaly_class") or "", " ".join(switches), s["seed"]]
     values = ["" if metrics.get(k) is None else f"{metrics[k]:.4f}" for k in FIGURES]
-    return dict(zip(KEY + FIGURES, map(str, key + values), strict=True))
+    return dict(zip(KEY + FIGURES, map(str, key + values), strict=True)) | {"processor": metrics["processor"]}
 
 
 def grouped(rows, data="elpv"):
@@ -52,13 +52,13 @@ def grouped(rows, data="elpv"):
 
 
 def figures(runs, name):
-    """The values of a figure in runs, without those that lack it (seconds: runs that were paused)."""
+    """The values of a figure in runs, without those that lack it."""
     return [float(r[name]) for r in runs if r[name]]
 
 
 def minutes(runs):
-    """The mean minutes of runs, for a table."""
-    return study.mean_minutes(seconds / 60 for seconds in figures(runs, "seconds"))
+    """The mean minutes of runs, for a table, without those that lack them (they were paused)."""
+    return study.mean_minutes((float(r["seconds"]) / 60, r["processor"]) for r in runs if r["seconds"])
 
 
 def table(rows):
@@ -87,7 +87,8 @@ def systems(rows, encoders, floors):
         runs = study.of(encoders, mode, study.LONGER, "local").values()
         if runs:
             name = f"{study.NAMES.get(mode, f'`{mode}`')}, score `local` (64 px, {study.LONGER})"
-            found.append([name, "0", "none", [r["auroc"] for r in runs], study.mean_minutes(r["minutes"] for r in runs)])
+            took = study.mean_minutes((r["minutes"], r["processor"]) for r in runs)
+            found.append([name, "0", "none", [r["auroc"] for r in runs], took])
     for (_, method, backbone, shots, group, switches), runs in grouped(rows).items():
         name = SYSTEMS.get((method, switches))
         if name and not group:
