@@ -306,7 +306,7 @@ def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, capsys):
     assert call(ckaad, *own, "--out", tmp_path / "dia") is None
 
 
-def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
     args = [*tiny, *FEW, "--epochs", 4, "--batch-size", 14, "--shots", 2]
     assert call(ckaad, *args, "--out", tmp_path / "whole") is None
     real, calls = ckaad.load, []
@@ -325,6 +325,12 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
     whole, cut = (torch.load(tmp_path / name / "ckaad.pt", weights_only=True) for name in ("whole", "cut"))
     assert all(torch.equal(v, flat(cut["model"])[k]) for k, v in flat(whole["model"]).items())
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole") and whole["step"] == cut["step"]
+    assert (tmp_path / "cut/scores.csv").read_text() == (tmp_path / "whole/scores.csv").read_text()
+    capsys.readouterr()
+    assert call(ckaad, *args, "--resume", "--out", tmp_path / "cut") is None
+    assert "has its results already" in capsys.readouterr().out
+    assert call(ckaad, *args, "--resume", "--maps", "--out", tmp_path / "cut") is None                   # asked for afterwards
+    assert len(list((tmp_path / "cut/maps").rglob("*.png"))) == len(list(csv.DictReader((tmp_path / "cut/scores.csv").open())))
     assert (tmp_path / "cut/scores.csv").read_text() == (tmp_path / "whole/scores.csv").read_text()
 
 

@@ -169,9 +169,9 @@ def same_flags(setting, stored, shots, path):
 
 
 def results_of(setting, out, shots):
-    """metrics.json of a run that is to be resumed and has it already; None where it has none."""
+    """metrics.json of a run that is to be resumed and has it already; None where it has none, or no maps that are asked for."""
     path = out / "metrics.json"
-    if not path.exists():
+    if not path.exists() or setting.args.maps and not (out / "maps").exists():
         return None
     metrics = json.loads(path.read_text())
     stored = metrics["settings"] | {"shots": len(metrics["shots"])}
