@@ -895,12 +895,12 @@ class Log:
             tqdm.write(f"step {step}  {shown}")
 
 
-def check_loss(values, done, lr):
-    """Exit if one of the losses of the last len(values) steps is not finite; `done` is the number of steps so far."""
+def check_loss(values, done, lr, flag="--lr"):
+    """Exit if one of the losses of the last len(values) steps is not finite; done: the number of steps so far; flag: lr's."""
     for i, value in enumerate(values):
         if not math.isfinite(value):
             raise SystemExit(f"the loss is {value} at step {done - len(values) + i + 1} (learning rate {lr:.3g}); last "
-                             f"finite value {values[i - 1] if i else 'before the last report'}. Try a smaller --lr.")
+                             f"finite value {values[i - 1] if i else 'before the last report'}. Try a smaller {flag}.")
 
 
 def check_weights(model, done, lr):

@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 from conftest import call, flat, log_of
 from PIL import Image
 from scipy import ndimage
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import auc, roc_auc_score
 from torch import nn
 
 from weakly_supervised import ckaad, common
@@ -100,6 +100,8 @@ def test_generator_loss_has_its_closed_form():
             assert energies.tolist() == pytest.approx(each, rel=1e-5) and not energies.requires_grad
         assert model.loss(normal, anomalous, found, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
         assert (strategy == "recon") == (expected.item() == plain.item())
+    x, patch = maps_of(2)[0], ckaad.Discriminator(8)                        # an energy for each position, from it alone
+    assert torch.allclose(patch(x.flip(2, 3)), patch(x).flip(1), atol=1e-6) and patch(x)[0].unique().numel() == 64
     gan = ckaad.CKAAD([8, 16], "gan", signed=True)                          # knows no anomalies
     losses = [gan.discriminator_loss(normal, maps_of(2, shift=s), found)[0].item() for s in (1.0, 9.0)]
     assert losses[0] == losses[1]
@@ -212,7 +214,7 @@ def test_scores_and_maps_are_those_of_the_reconstructions():
 @pytest.mark.parametrize("text", ["5", "0%", "100%", "-1%", "many%", "nan%"])
 def test_a_share_is_per_cent(text):
     assert ckaad.percent("5%") == 0.05 and ckaad.percent("0.1%") == 0.001
-    with pytest.raises(ValueError):
+    with pytest.raises(ArgumentTypeError, match="as 5%"):
         ckaad.percent(text)
 
 
@@ -244,11 +246,30 @@ def test_pixel_metrics_equal_a_count():
     at = np.searchsorted(rates, 0.3)
     rates, found = np.array(rates), np.array(found)
     end = np.interp(0.3, rates, found)
-    area = np.trapezoid(np.append(found[:at], end), np.append(rates[:at], 0.3)) / 0.3
+    area = auc(np.append(rates[:at], 0.3), np.append(found[:at], end)) / 0.3
     metrics = common.pixel_metrics(heat, masks)
-    assert metrics["pro"] == pytest.approx(area, abs=0.01)
+    assert metrics["pro"] == pytest.approx(area, abs=1e-7)
     assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks.flatten(), heat.flatten()))
     assert common.pixel_metrics(masks.float(), masks)["pro"] == pytest.approx(1)
+
+
+def test_masks_keep_thin_anomalies_and_may_be_of_ones(tmp_path):
+    """One pixel of 64 in each direction, halved and quartered; masks of 0 and 1; none, or an empty one, says nothing."""
+    file = tmp_path / "ground_truth/scratch/000_mask.png"
+    file.parent.mkdir(parents=True)
+    for high in (1, 255):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[20:44, 31] = high
+        Image.fromarray(mask).save(file)
+        for size in (64, 32, 16):
+            if high == 1 and size < 64:
+                continue                                                    # 1 of 255 is nothing once it is shared out
+            found = common.mask_of(tmp_path, "test/scratch/000.png", size)
+            rows, columns = found.nonzero().unbind(1)
+            assert (columns + 0.5 - 31.5 * size / 64).abs().max() < 1 and abs(len(set(rows.tolist())) - 24 * size / 64) <= 1
+    Image.fromarray(mask * 0).save(file)
+    assert common.mask_of(tmp_path, "test/scratch/000.png", 64) is None
+    assert common.mask_of(tmp_path, "test/scratch/001.png", 64) is None
 
 
 # The command line ----------------------------------------------------------------------------------------------------
@@ -268,8 +289,10 @@ def masked(folder, tmp_path_factory):
     return root
 
 
-def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, capsys):
+def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, monkeypatch, capsys):
     args = ["--data", masked, *tiny[2:], *FEW]
+    real, given = common.pixel_metrics, []
+    monkeypatch.setattr(common, "pixel_metrics", lambda *maps: given.append(maps) or real(*maps))
     assert call(ckaad, *args, "--shots", 2, 6, "--out", tmp_path / "a", "--maps") is None
     printed = capsys.readouterr().out
     found = {k: json.loads((tmp_path / f"a/shots-{k}/metrics.json").read_text()) for k in (2, 6)}
@@ -279,6 +302,12 @@ def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, capsys):
         assert len(metrics["shots"]) == k and len(rows) == 30 - k and not set(metrics["shots"]) & {r["path"] for r in rows}
         scores, labels = [float(r["score"]) for r in rows], [int(r["label"]) for r in rows]
         assert metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores)) and 0 < metrics["pro"] <= 1
+        heat, masks = given.pop(0)                                          # of scratches and normals; of dents there is no mask
+        files = sorted(masked.joinpath("ground_truth/scratch").iterdir())
+        files = [np.asarray(Image.open(f).resize((64, 64), Image.Resampling.BILINEAR)) > 127 for f in files if any(
+            r["path"] == f"test/scratch/{f.stem.removesuffix('_mask')}.png" for r in rows)]
+        assert len(heat) == len(masks) == 12 + len(files) and masks.flatten(1).any(1).sum() == len(files)
+        assert all(any(np.array_equal(mask, f) for f in files) for mask in masks.numpy() if mask.any())
     log = log_of(tmp_path / "a/shots-6")
     assert [r["step"] for r in log if r["stage"] == "ckaad"] == [1, 2, 3] and log[2]["loss"] < log[0]["loss"]
     assert len({log[0][name] for name in ckaad.ENERGIES}) == 3 and all(log[0][name] < 5 for name in ckaad.ENERGIES)
@@ -300,13 +329,21 @@ def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, capsys):
     normals = 40 - round(40 * 0.3)
     assert shots["recon"] == shots["none"] == 0 and abs(shots["share"] - normals / 4) < 2 and shots["dent"] == 3
     assert "critic" not in state["recon"] and "critic" in state["gan"]
+    for name, of in (("optimizer", "autoencoder."), ("critic", "discriminators.")):                     # each learns its own
+        weights = [k for k in state["same"]["model"] if k.startswith(of) and not k.endswith("sizes")]
+        assert len(state["same"][name]["param_groups"][0]["params"]) == len(weights) > 4
     sizes = state["same"]["model"]["autoencoder.sizes"].tolist()            # of the maps, taken from the normal images
     assert min(sizes) > 0 and sizes[0] != sizes[1] and sizes == state["gan"]["model"]["autoencoder.sizes"].tolist()
     own = [*args[:2], "--holdout", 0.3, *FEW, "--backbone", f"dia:{chain}", "--shots", 2]
     assert call(ckaad, *own, "--out", tmp_path / "dia") is None
 
 
-def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
+def test_more_labels_than_anomalies(tiny, tmp_path):
+    assert "labelled anomalies are asked for, and there are 18" in call(
+        ckaad, *tiny, *FEW, "--labelled", "70%", "--out", tmp_path / "run")
+
+
+def test_a_stopped_run_goes_on_exactly(tiny, folder, tmp_path, monkeypatch, capsys):
     args = [*tiny, *FEW, "--epochs", 4, "--batch-size", 14, "--shots", 2]
     assert call(ckaad, *args, "--out", tmp_path / "whole") is None
     real, calls = ckaad.load, []
@@ -320,7 +357,7 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
         m.setattr(ckaad, "load", stop)
         assert call(ckaad, *args, "--out", tmp_path / "cut") == 130
     assert "go on with --resume" in call(ckaad, *args, "--out", tmp_path / "cut")
-    assert "made with epochs 4, not 5" in call(ckaad, *args, "--epochs", 5, "--resume", "--out", tmp_path / "cut")
+    assert "made with --epochs 4, not 5" in call(ckaad, *args, "--epochs", 5, "--resume", "--out", tmp_path / "cut")
     assert call(ckaad, *args, "--resume", "--out", tmp_path / "cut") is None
     whole, cut = (torch.load(tmp_path / name / "ckaad.pt", weights_only=True) for name in ("whole", "cut"))
     assert all(torch.equal(v, flat(cut["model"])[k]) for k, v in flat(whole["model"]).items())
@@ -332,16 +369,23 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch, capsys):
     assert call(ckaad, *args, "--resume", "--maps", "--out", tmp_path / "cut") is None                   # asked for afterwards
     assert len(list((tmp_path / "cut/maps").rglob("*.png"))) == len(list(csv.DictReader((tmp_path / "cut/scores.csv").open())))
     assert (tmp_path / "cut/scores.csv").read_text() == (tmp_path / "whole/scores.csv").read_text()
+    assert call(ckaad, *args, "--resume", "--fpr", 0.4, "--out", tmp_path / "cut") is None
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("cut", "whole")]
+    assert [m["settings"]["fpr"] for m in metrics] == [0.4, 0.05] and metrics[0]["auroc"] == metrics[1]["auroc"]
+    fewer = shutil.copytree(folder, tmp_path / "fewer")
+    next(fewer.joinpath("train").rglob("*.png")).unlink()
+    assert "made with other images" in call(ckaad, "--data", fewer, *args[2:], "--resume", "--out", tmp_path / "cut")
 
 
 @pytest.mark.parametrize("words, sentence", [
     (["--layers", 2, 4], "needs neighbours"), (["--epochs", 0], "at least 1"), (["--batch-size", 300], "must be from 1 to"),
     (["--lambda", -1], "from 0 on"), (["--critic-lr", 0], "one above 0"),
-    (["--strategy", "recon"], "leave --shots"),
+    (["--strategy", "recon"], "leave --shots"), (["--strategy", "recon", "--shots", 10], "leave --shots"),
     (["--layers", 2, 3, "--image-size", 48], "the last even"), (["--image-size", 60], "half the one before"),
-    (["--layers", 3, "--image-size", 32], "at least 4"),
+    (["--layers", 3, "--image-size", 32], "take a multiple of 32, from 64 on"),
+    (["--layers", 3, 4, "--image-size", 160], "take a multiple of 64, from 128 on"),
     (["--shots", 18], "from 0 to 17"),
-    (["--labelled", "70%", "--shots", 10], "from 0 to 17"), (["--labelled", "20%"], "leave one of them out"),
+    (["--labelled", "20%"], "leave one of them out"), (["--labelled", "20%", "--shots", 10], "leave one of them out"),
     (["--anomaly-class", "bent"], "are dent, scratch"), (["--anomaly-class", "bent", "--shots", 0], "are dent, scratch")])
 def test_what_is_asked_wrongly_is_said(words, sentence, tiny, tmp_path):
     assert sentence in call(ckaad, *tiny, *FEW, "--shots", 2, "--out", tmp_path / "run", *words)

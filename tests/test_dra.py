@@ -312,13 +312,13 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
         assert call(dra, *args, "--out", tmp_path / "cut") == 130
     assert torch.load(tmp_path / "cut/dra.pt", weights_only=True)["step"] == 30
     assert "go on with --resume" in call(dra, *args, "--out", tmp_path / "cut")
-    assert "made with epochs 7, not 8" in call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
+    assert "made with --epochs 7, not 8" in call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
     assert call(dra, *args, "--resume", "--out", tmp_path / "cut") is None
     a, b = (flat(torch.load(tmp_path / name / "dra.pt", weights_only=True)["model"]) for name in ("whole", "cut"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     assert (tmp_path / "cut/scores.csv").read_text() == (tmp_path / "whole/scores.csv").read_text()
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
-    assert "made with epochs 7, not 8" in call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
+    assert "made with --epochs 7, not 8" in call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
     before = (tmp_path / "cut/metrics.json").read_bytes()
     assert call(dra, *args, "--resume", "--out", tmp_path / "cut") is None              # done already: no mistake
     assert (tmp_path / "cut/metrics.json").read_bytes() == before

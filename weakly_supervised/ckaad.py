@@ -5,8 +5,10 @@ numbers: an energy discriminator sets normal patches apart from reconstructed on
 none is known to be anomalous itself. An image's map is the distance between its features and their reconstruction.
 """
 
+import argparse
 import itertools
 import math
+import re
 import time
 
 import numpy as np
@@ -230,8 +232,8 @@ def train(setting, model, normals, anomalies, out):
         done = step + 1
         if done % epoch == 0:
             values = torch.stack(losses).cpu()                              # (steps, 1 or 5)
-            for column, lr in zip(values.T.tolist(), (args.lr, args.critic_lr), strict=False):
-                check_loss(column, done, lr)
+            for column, lr, flag in zip(values.T.tolist(), (args.lr, args.critic_lr), ("--lr", "--critic-lr"), strict=False):
+                check_loss(column, done, lr, flag)
             losses, seconds = [], time.perf_counter() - begun
             log(done // epoch, show=False, seconds=round(seconds, 1),
                 **dict(zip(("loss", "discriminator", *ENERGIES), values.mean(0).tolist(), strict=False)))
@@ -242,14 +244,15 @@ def train(setting, model, normals, anomalies, out):
 
 def percent(text):
     """"5%" -> 0.05."""
-    share = float(text.removesuffix("%")) / 100
-    if not 0 < share < 1 or not text.endswith("%"):
-        raise ValueError
-    return share
+    found = re.fullmatch(r"(\d*\.?\d+)%", text)
+    if not found or not 0 < float(found[1]) < 100:
+        raise argparse.ArgumentTypeError(f"{text}: needs a share above 0% and below 100%, as 5%")
+    return float(found[1]) / 100
 
 
 def main():
     parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], size=160))
+    parser.set_defaults(shots=None)                                         # 10 where neither they nor --labelled are given
     parser.add_argument("--labelled", type=percent, nargs="+", metavar="P%", help="labelled anomalies, as shares of the training "
                         "images, instead of --shots: 5%% of 1,012 normals are 53 (default: none)")
     parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies serve for: nothing "
@@ -270,22 +273,25 @@ def main():
     if args.layers != list(range(args.layers[0], args.layers[-1] + 1)):
         raise SystemExit(f"--layers {' '.join(map(str, args.layers))}: needs neighbours, as 2 3.")
     if args.labelled:
-        if "shots" in setting.changed:
+        if args.shots:
             raise SystemExit("--labelled and --shots say the same: leave one of them out.")
         args.shots = [max(1, round(len(data.train) / (1 - share) - len(data.train))) for share in args.labelled]
     if args.strategy == "recon":                                            # is tested on all
-        if args.labelled or "shots" in setting.changed:
+        if args.shots:
             raise SystemExit("--strategy recon learns from no labelled anomaly: leave --shots and --labelled out.")
         args.shots = [0]
+    args.shots = args.shots or [10]
     runs = runs_of(setting, none=True)
+    blank = torch.zeros(1, setting.backbone.channels, setting.size, setting.size, device=setting.device)
+    sides = [found.shape[2] for found in setting.backbone(blank, args.layers)]
+    if any(a != 2 * b for a, b in itertools.pairwise(sides)) or sides[-1] % 2 or sides[-1] < 4:
+        unit = 2 * 2 ** round(math.log2(setting.size / sides[-1]))
+        raise SystemExit(f"--image-size {setting.size}: the sides of the maps are {', '.join(map(str, sides))}; each must be "
+                         f"half the one before, and the last even and at least 4: take a multiple of {unit}, from {2 * unit} on.")
     print(f"ckaad, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
           f"{args.backbone} at {setting.size} px, layers {args.layers}, strategy {args.strategy}, {args.epochs} epochs, "
           f"seed {args.seed}; {setting.device}, {precision(setting.device)}", flush=True)
     maps, test = setting.begin()
-    sides = [array.shape[2] for array in maps]
-    if any(a != 2 * b for a, b in itertools.pairwise(sides)) or sides[-1] % 2 or sides[-1] < 4:
-        raise SystemExit(f"--image-size {setting.size}: the sides of the maps are {', '.join(map(str, sides))}; each must be "
-                         "half the one before, and the last even and at least 4: choose a multiple of 32, as 256.")
     some = [array[::-(-len(array) // 64)].astype(np.float32) for array in maps]                 # of up to 64 images
     signed, sizes = any((m < 0).any() for m in some), [float(np.square(m).mean() ** 0.5) for m in some]
     for out, chosen in runs:

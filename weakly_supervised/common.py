@@ -164,18 +164,23 @@ def same_flags(setting, stored, shots, path):
     own |= {"shots": shots, "fingerprint": setting.data.fingerprint}
     for name, value in own.items():
         if stored is not None and stored.get(name) != value:
-            raise SystemExit(f"{path} was made with {name} {stored.get(name)}, not {value}: --resume needs the same command.")
+            if name == "fingerprint":
+                raise SystemExit(f"{path} was made with other images: --resume needs the same --data and --holdout.")
+            flag = "--lambda" if name == "weight" else f"--{name.replace('_', '-')}"
+            raise SystemExit(f"{path} was made with {flag} {stored.get(name)}, not {value}: --resume needs the same command.")
     return own
 
 
 def results_of(setting, out, shots):
-    """metrics.json of a run that is to be resumed and has it already; None where it has none, or no maps that are asked for."""
-    path = out / "metrics.json"
-    if not path.exists() or setting.args.maps and not (out / "maps").exists():
+    """metrics.json of a run that is to be resumed and has it already; None where it has none, or is to be scored once more."""
+    args, path = setting.args, out / "metrics.json"
+    if not path.exists():
         return None
     metrics = json.loads(path.read_text())
     stored = metrics["settings"] | {"shots": len(metrics["shots"])}
     same_flags(setting, stored, shots, path)
+    if stored["fpr"] != args.fpr or args.maps and not (out / "maps").exists():
+        return None
     print(f"{out} has its results already")
     return metrics
 
@@ -230,8 +235,8 @@ def draw_shots(labels, groups, shots, seed, anomaly_class=None, least=1):
         anomalies = np.array([i for i in anomalies if groups[i] == anomaly_class])
     if not least <= shots < len(anomalies):
         within = f" in {anomaly_class}" if anomaly_class else ""
-        raise SystemExit(f"--shots {shots}: there are {len(anomalies)} anomalies{within}; it must be from {least} to "
-                         f"{len(anomalies) - 1}, so that some are left to test on.")
+        raise SystemExit(f"{shots} labelled anomalies are asked for, and there are {len(anomalies)}{within}: it must be from "
+                         f"{least} to {len(anomalies) - 1}, so that some are left to test on.")
     return np.random.RandomState(seed).permutation(anomalies)[:shots]
 
 
@@ -267,10 +272,12 @@ def youden(labels, scores):
 def mask_of(data, path, size):
     """Where the anomaly is in a test image of MVTec's layout, (size, size) bool; None where no mask says it.
 
-    data: the folder; path: relative, test/<group>/<name>.png, whose mask is ground_truth/<group>/<name>_mask.png.
+    data: the folder; path: relative, test/<group>/<name>.png, whose mask is ground_truth/<group>/<name>_mask.png. A pixel is
+    in it from half the highest value on: thin anomalies do not vanish where masks are made smaller, and 0 and 1 are read, too.
     """
     file = Path(data).expanduser().joinpath("ground_truth", *Path(path).parts[1:-1], f"{Path(path).stem}_mask.png")
-    return torch.from_numpy(_decode(file, size)[0][0] > 127) if file.is_file() else None
+    mask = _decode(file, size)[0][0] if file.is_file() else np.zeros(1)
+    return torch.from_numpy(mask > mask.max() / 2) if mask.any() else None
 
 
 def pixel_metrics(heat, masks, most=0.3):
