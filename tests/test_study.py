@@ -119,14 +119,15 @@ def test_pages_are_in_step_with_the_results():
     assert all(path.read_text() == text for path, text in results.pages().items())
 
 
-def test_summary_has_both_settings_beside_each_other(tables, monkeypatch):
+def test_summary_has_the_settings_below_each_other(tables, monkeypatch):
     monkeypatch.setattr(results, "SHOWN", "400 steps")
     monkeypatch.setattr(results, "LONGER", "2000 steps")
     longer = [{**r, "setting": "2000 steps", "auroc": 0.9} for r in tables if r["dissolve"] == "none" and r["seed"] == 1]
-    lines = results.summary(tables + longer).splitlines()
-    scores = len(results.SCORES)
-    assert lines[-1].startswith("| CSI (`none`) | ") and lines[-1].count("0.900") == len(longer)
-    assert any(line.startswith("| DIA") and line.count("not run") == scores for line in lines)
+    cells = [line.strip("| ").split(" | ") for line in results.summary(tables + longer).splitlines()]
+    scores = [f"`{s}`" for s in results.SCORES]
+    assert cells[0] == ["setting", "score", "DIA (`diffusion`)", "CSI (`none`)"] and [c[1] for c in cells[2:]] == scores * 3
+    assert [c[2:] for c in cells[2:]] == ([["0.720 ± 0.014", "0.700"]] * len(scores) + [["not run"] * 2] * len(scores)
+                                          + [["not run", "0.900"]] * len(scores))
 
 
 def test_plots_and_similarities(tables, tmp_path):
