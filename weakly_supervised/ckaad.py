@@ -203,10 +203,10 @@ def distorted(images, seed):
 def train(setting, model, normals, anomalies, out):
     """Train a CKAAD model on arrays of feature maps [(n, C, h, w), ...]; from OUT/ckaad.pt with --resume."""
     args, device = setting.args, setting.device
-    optimizer = torch.optim.Adam(model.autoencoder.parameters(), args.lr, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam(model.autoencoder.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     critic = None
     if model.adversarial:
-        critic = torch.optim.Adam(model.discriminators.parameters(), args.critic_lr, betas=(0.5, 0.999))
+        critic = torch.optim.Adam(model.discriminators.parameters(), args.critic_lr, betas=(0.5, 0.999), fused=True)
     checkpoint = Checkpoint(setting, out, model, {"optimizer": optimizer} | ({"critic": critic} if critic else {}),
                             len(anomalies[0]))
     start, seconds = checkpoint.load()
