@@ -120,8 +120,7 @@ def test_pages_are_in_step_with_the_results():
 
 
 def test_summary_has_the_settings_below_each_other(tables, monkeypatch):
-    monkeypatch.setattr(results, "SHOWN", "400 steps")
-    monkeypatch.setattr(results, "LONGER", "2000 steps")
+    monkeypatch.setattr(results, "SUMMARY", {"a": "400 steps", "b": "400 steps, image_size=96", "c": "2000 steps"})
     longer = [{**r, "setting": "2000 steps", "auroc": 0.9} for r in tables if r["dissolve"] == "none" and r["seed"] == 1]
     cells = [line.strip("| ").split(" | ") for line in results.summary(tables + longer).splitlines()]
     scores = [f"`{s}`" for s in results.SCORES]
