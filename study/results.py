@@ -84,7 +84,8 @@ def mean_minutes(values):
     each = {}
     for minutes, processor in values:
         if minutes is not None:
-            each.setdefault("" if processor.startswith(PROCESSOR) else f" ({processor})", []).append(minutes)
+            named = processor and not processor.startswith(PROCESSOR)
+            each.setdefault(f" ({processor})" if named else "", []).append(minutes)
     return ", ".join(f"{statistics.fmean(minutes):.1f}{name}" for name, minutes in sorted(each.items()))
 
 

@@ -82,7 +82,7 @@ def test_tables_say_what_the_csv_says(tables):
 def test_minutes_of_another_processor_are_named():
     assert results.mean_minutes([(8.0, "AMD EPYC 9B14"), (None, ""), (9.0, "AMD EPYC")]) == "8.5"
     assert results.mean_minutes([(5.0, "Intel Xeon"), (8.0, "AMD EPYC"), (6.0, "Intel Xeon")]) == "8.0, 5.5 (Intel Xeon)"
-    assert results.mean_minutes([(None, "")]) == ""
+    assert results.mean_minutes([(None, "")]) == "" and results.mean_minutes([(4.0, "")]) == "4.0"
 
 
 def test_floors_are_those_of_the_reporting_seeds(tables, tmp_path):
