@@ -30,7 +30,7 @@ AS_LONG = {SHOWN: "620 steps"}          # CSI with as many seconds as DIA at tha
 USED_BY = {"twin_weight": {*MODES} - {"none"}, "dissolve_size": {*MODES} - {"none", "copy"}, "gain": {"residual"},
            "t_range": {"diffusion", "residual"}}                                    # flags that do nothing in other modes
 PROCESSOR = "AMD EPYC"                  # that minutes are of, where no other is named
-SEEDS = (0, 1, 2)                       # for reporting; choices are made with others
+SEEDS = range(10)                       # for reporting; choices are made with others
 
 
 def describe(settings):
@@ -230,22 +230,34 @@ def plot_contrast(path, rows, setting):
     figure.savefig(path, dpi=110)
 
 
+def curves(rows, mode, setting, score):
+    """{seed: its rows, by steps} of the reporting runs of a mode and setting, tested at the last step or on the way too."""
+    wanted, found = (mode, as_run(setting, mode), score), {}
+    for r in sorted(rows, key=lambda r: r["steps"]):
+        if (r["dissolve"], r["setting"], r["score"]) == wanted and r["seed"] in SEEDS and r["auroc"] is not None:
+            found.setdefault(r["seed"], []).append(r)
+    return found
+
+
 def plot_curves(path, rows, setting):
-    """Test AUROC of runs kept on the way, over steps (above) and over minutes of training (below): a line a mode and seed."""
+    """Test AUROC over steps (above) and over minutes of stage 2 (below): a line for each run, with the weights kept on the way.
+
+    A run of which only the last step was tested is a dot above and is left out below.
+    """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     for line, x in zip(figure.subplots(2, len(SCORES), sharey="col"), ("steps", "minutes"), strict=True):
         for axes, score in zip(line, SCORES, strict=True):
             for mode in MODES:
-                for seed in SEEDS:
-                    run = sorted((r[x], r["auroc"]) for r in rows if r["auroc"] is not None and r["seed"] == seed
-                                 and (r["dissolve"], r["setting"], r["score"]) == (mode, as_run(setting, mode), score))
-                    if run:
-                        name = mode if seed == SEEDS[0] else None
-                        axes.plot(*zip(*run, strict=True), ".-", color=f"C{MODES.index(mode)}", label=name)
+                runs = list(curves(rows, mode, setting, score).values())
+                runs = [[r for r in run if r[x] is not None] for run in runs if x == "steps" or len(run) > 1]
+                for i, run in enumerate(sorted(runs, key=len, reverse=True)):
+                    axes.plot([r[x] for r in run], [r["auroc"] for r in run], ".-", color=f"C{MODES.index(mode)}",
+                              label=None if i else mode)
             axes.set(title=f"score: {score}", xlabel=x)
-    figure.axes[0].legend()
-    figure.axes[0].set_ylabel("AUROC on the test set")
+    figure.axes[0].legend(fontsize=8)
+    for axes in figure.axes[::len(SCORES)]:
+        axes.set_ylabel("AUROC on the test set")
     figure.savefig(path, dpi=110)
 
 

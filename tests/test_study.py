@@ -129,6 +129,14 @@ def test_summary_has_the_settings_below_each_other(tables, monkeypatch):
                                           + [["not run", "0.900"]] * len(scores))
 
 
+def test_curves_have_the_steps_kept_on_the_way(tables):
+    """Of the reporting runs alone; CSI stands beside settings whose twin it does not have."""
+    found = results.curves(tables, "diffusion", "400 steps", "csi")
+    assert {seed: [(r["steps"], r["auroc"]) for r in run] for seed, run in found.items()} == {0: [(200, 0.61), (400, 0.71)],
+                                                                                             1: [(400, 0.73)]}
+    assert list(results.curves(tables, "none", "400 steps, twin_weight=1000.0", "csi")) == [1]
+
+
 def test_plots_and_similarities(tables, tmp_path):
     probes = [{"dissolve": m, "sim_resize": v, **{f"csi_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}}
               for m, v in (("diffusion", "0.5"), ("diffusion", "0.7"), ("none", "0.9"))]
