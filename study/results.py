@@ -280,19 +280,20 @@ def plot_sensitivity(path, probes, score):
     figure.savefig(path, dpi=110)
 
 
-def read_probes(path, data="elpv"):
-    """The rows of probe.csv on one data set, of the reporting seeds, at the SHOWN setting."""
+def read_probes(path, setting, data="elpv"):
+    """The rows of probe.csv on one data set, of the reporting seeds, at one setting."""
     with open(path, newline="") as file:
         return [r for r in csv.DictReader(file) if r["data"] == data and int(r["seed"]) in SEEDS and is_last(r)
-                and describe(r["settings"]) == as_run(SHOWN, r["dissolve"])]
+                and describe(r["settings"]) == as_run(setting, r["dissolve"])]
 
 
 def similarities(probes):
     """Mean cosine of a held-out normal to its altered selves, by the mode its encoder was trained with; means over runs."""
     kinds = [k for k in probes[0] if k.startswith("sim_")]
-    lines = [[NAMES.get(m, f"`{m}`"), *(f"{statistics.fmean(float(r[k]) for r in runs):.2f}" for k in kinds)]
+    lines = [[NAMES.get(m, f"`{m}`"), ", ".join(sorted(r["seed"] for r in runs)),
+              *(f"{statistics.fmean(float(r[k]) for r in runs):.2f}" for k in kinds)]
              for m in MODES if (runs := [r for r in probes if r["dissolve"] == m])]
-    return markdown(["trained with", *(k.removeprefix("sim_") for k in kinds)], lines)
+    return markdown(["trained with", "seeds", *(k.removeprefix("sim_") for k in kinds)], lines)
 
 
 def pages():
@@ -305,7 +306,8 @@ def pages():
     lowest = [[*name, str(len(values)), spread(values)] for name, values in floors(HERE / "results.csv").items()]
     tables += "\n\n" + markdown(["floor", "images", "seeds", "AUROC"], lowest)
     details = DETAILS.read_text()
-    for name, table in (("contrast", tables), ("search", search(rows)), ("probe", similarities(read_probes(HERE / "probe.csv")))):
+    probed = "\n\n".join(f"**{s}**\n\n{similarities(read_probes(HERE / 'probe.csv', s))}" for s in (SHOWN, LONGER))
+    for name, table in (("contrast", tables), ("search", search(rows)), ("probe", probed)):
         details = put(details, name, table)
     return {README: put(README.read_text(), "summary", summary(rows)), DETAILS: details}
 
@@ -323,7 +325,7 @@ def main():
     plot_contrast(pictures / "contrast.png", rows, SHOWN)
     if any(r["setting"] == LONGER and not r["last"] and r["auroc"] is not None for r in rows):
         plot_curves(pictures / "curves.png", rows, LONGER)
-    plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv"), "local")
+    plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv", SHOWN), "local")
     print(f"drew the plots in {pictures}")
 
 

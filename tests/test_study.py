@@ -138,9 +138,9 @@ def test_curves_have_the_steps_kept_on_the_way(tables):
 
 
 def test_plots_and_similarities(tables, tmp_path):
-    probes = [{"dissolve": m, "sim_resize": v, **{f"csi_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}}
-              for m, v in (("diffusion", "0.5"), ("diffusion", "0.7"), ("none", "0.9"))]
-    assert results.similarities(probes).splitlines()[2:] == ["| DIA (`diffusion`) | 0.60 |", "| CSI (`none`) | 0.90 |"]
+    probes = [{"dissolve": m, "seed": str(i), "sim_resize": v, **{f"csi_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}}
+              for i, (m, v) in enumerate((("diffusion", "0.5"), ("diffusion", "0.7"), ("none", "0.9")))]
+    assert results.similarities(probes).splitlines()[2:] == ["| DIA (`diffusion`) | 0, 1 | 0.60 |", "| CSI (`none`) | 2 | 0.90 |"]
     pytest.importorskip("matplotlib")
     results.plot_contrast(tmp_path / "contrast.png", tables, "400 steps")
     results.plot_sensitivity(tmp_path / "sensitivity.png", probes, "csi")
