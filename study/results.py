@@ -255,7 +255,7 @@ def plot_curves(path, rows, setting):
                     axes.plot([r[x] for r in run], [r["auroc"] for r in run], ".-", color=f"C{MODES.index(mode)}",
                               label=None if i else mode)
             axes.set(title=f"score: {score}", xlabel=x)
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
     for axes in figure.axes[::len(SCORES)]:
         axes.set_ylabel("AUROC on the test set")
     figure.savefig(path, dpi=110)
