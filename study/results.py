@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 README, DETAILS = HERE.parent / "README.md", HERE / "README.md"
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)", "none, as long": "CSI for as many seconds"}
 PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"), ("diffusion", "copy"),
-         ("resize", "none"), ("residual", "copy")]
+         ("resize", "none"), ("residual", "none"), ("residual", "copy")]
 USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run of the study has
 SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"           # the settings of the plots
 SUMMARY = {"400 steps, weight 1,000": SHOWN, "the same, nothing resized": "400 steps, dissolve_size=64, twin_weight=1000.0",
