@@ -94,11 +94,16 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
+def tested(rows, mode, setting, score):
+    """The rows of the reporting runs of a mode and setting that have a test AUROC, at the last step or on the way."""
+    wanted = mode.split(",")[0], as_run(setting, mode), score
+    return [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == wanted and r["seed"] in SEEDS
+            and r["auroc"] is not None]
+
+
 def of(rows, mode, setting, score):
     """{seed: row} of the reporting runs of a mode and setting that were tested at their last step."""
-    wanted = mode.split(",")[0], as_run(setting, mode), score
-    found = [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == wanted and r["last"]
-             and r["seed"] in SEEDS and r["auroc"] is not None]
+    found = [r for r in tested(rows, mode, setting, score) if r["last"]]
     if len({r["seed"] for r in found}) < len(found):
         raise SystemExit(f"results.csv: several runs of {mode}, {setting}, with the same seed: they differ in stage 1.")
     return {r["seed"]: r for r in found}
@@ -232,10 +237,9 @@ def plot_contrast(path, rows, setting):
 
 def curves(rows, mode, setting, score):
     """{seed: its rows, by steps} of the reporting runs of a mode and setting, tested at the last step or on the way too."""
-    wanted, found = (mode, as_run(setting, mode), score), {}
-    for r in sorted(rows, key=lambda r: r["steps"]):
-        if (r["dissolve"], r["setting"], r["score"]) == wanted and r["seed"] in SEEDS and r["auroc"] is not None:
-            found.setdefault(r["seed"], []).append(r)
+    found = {}
+    for r in sorted(tested(rows, mode, setting, score), key=lambda r: r["steps"]):
+        found.setdefault(r["seed"], []).append(r)
     return found
 
 
