@@ -125,13 +125,15 @@ def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(folder, tmp_path, fo
     assert fork("train_diffusion", *argv, "--steps", 4)[0] == 0
     before = (out / "diffusion.pt").read_bytes()
     state = torch.load(out / "diffusion.pt", weights_only=True)
-    state["settings"]["steps"], state["step"] = 8, 4
+    state["settings"]["steps"], state["step"], state["seconds"] = 8, 4, 1000.0
     torch.save(state, out / "diffusion.pt")                 # as if stopped half way
     code, output, _ = fork("train_diffusion", *argv[:2], "--out", out, "--resume", limit=len(before) // 2)
     last = output.strip().splitlines()[-1]
     assert code == 1 and "diffusion.pt" in last and "Nothing that was written before is lost" in last, output
     assert torch.load(out / "diffusion.pt", weights_only=True)["step"] == 4 and not list(out.glob("*.tmp"))
     assert fork("train_diffusion", *argv[:2], "--out", out, "--resume")[0] == 0
+    seconds = [row["seconds"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "seconds" in row]
+    assert seconds[-1] > 1000                               # they go on counting
 
 
 def test_an_out_below_a_file_is_one_sentence(folder, tmp_path):
