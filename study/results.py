@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 README, DETAILS = HERE.parent / "README.md", HERE / "README.md"
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)", "none, as long": "CSI for as many seconds"}
 PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"), ("diffusion", "copy"),
-         ("resize", "none"), ("residual", "none"), ("residual", "copy")]
+         ("resize", "none"), ("residual", "none"), ("residual", "copy"), ("gaussian", "diffusion"), ("median", "diffusion")]
 USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run of the study has
 SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"           # the settings of the plots
 SUMMARY = {"400 steps, weight 1,000": SHOWN, "the same, nothing resized": "400 steps, dissolve_size=64, twin_weight=1000.0",
@@ -304,7 +304,7 @@ def pages():
     """{path: text} of the pages with tables of the study, as the csv files have them."""
     rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
     settings = {r["setting"] for r in rows if r["last"] and r["auroc"] is not None and r["seed"] in SEEDS}
-    weighed = {r["setting"] for r in rows if r["dissolve"] != "none"}
+    weighed = {r["setting"] for r in rows if r["dissolve"] not in ("none", "copy")}      # in these two some flags are idle
     settings = sorted(settings & weighed or settings, key=lambda s: (int(s.split()[0]), s))
     tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings)
     lowest = [[*name, str(len(values)), spread(values)] for name, values in floors(HERE / "results.csv").items()]
