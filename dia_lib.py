@@ -876,7 +876,10 @@ def check_batch(batch_size, n):
 
 
 class Log:
-    """OUT/log.jsonl: one JSON object a line. Rows of this stage after `step` (the checkpoint's) are cut at the start."""
+    """OUT/log.jsonl: one JSON object a line. Rows of this stage after `step` (the checkpoint's) are cut at the start.
+
+    `seconds` is what the last row of this stage that is kept says, 0 without one: a resumed run counts on from there.
+    """
 
     def __init__(self, out, stage, step):
         self.path, self.stage = Path(out) / "log.jsonl", stage
@@ -886,6 +889,8 @@ class Log:
         if kept != lines:
             with whole(self.path) as temporary:
                 temporary.write_text("".join(kept))
+        rows = [row for row in map(json.loads, kept) if row["stage"] == stage and "seconds" in row]
+        self.seconds = rows[-1]["seconds"] if rows else 0.0
 
     def __call__(self, step, show=True, **values):
         with open(self.path, "a") as file:

@@ -143,7 +143,7 @@ def main():
 
     # Train
     every = max(1, min(2500, args.steps // 4))                              # steps between reports and checkpoints
-    running, losses, warm, begun = [], [], 0.0, time.perf_counter() - (state.get("seconds", 0) if state else 0)
+    running, losses, warm, begun = [], [], 0.0, time.perf_counter() - log.seconds
     bar = tqdm(range(start, args.steps), "stage 1", args.steps, initial=start, unit="image",
                unit_scale=args.batch_size, disable=None)
     for step in bar:
@@ -179,8 +179,7 @@ def main():
             if done == args.steps and len(held) > 1:
                 memorised(ema, prepare(train[:max(len(held), 32)]), held, abar, log, done)
             save_checkpoint(args.out / "diffusion.pt", "diffusion", settings, {
-                "step": done, "unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                "seconds": time.perf_counter() - begun})
+                "step": done, "unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
             losses = []
     print(f"stage 1 done: {args.out}/diffusion.pt, picture in {args.out}/dissolving.png")
 

@@ -125,8 +125,10 @@ def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(folder, tmp_path, fo
     assert fork("train_diffusion", *argv, "--steps", 4)[0] == 0
     before = (out / "diffusion.pt").read_bytes()
     state = torch.load(out / "diffusion.pt", weights_only=True)
-    state["settings"]["steps"], state["step"], state["seconds"] = 8, 4, 1000.0
-    torch.save(state, out / "diffusion.pt")                 # as if stopped half way
+    state["settings"]["steps"], state["step"] = 8, 4
+    torch.save(state, out / "diffusion.pt")                 # as if stopped half way, after 1000 seconds
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"stage": "diffusion", "step": 4, "seconds": 1000.0}\n')
     code, output, _ = fork("train_diffusion", *argv[:2], "--out", out, "--resume", limit=len(before) // 2)
     last = output.strip().splitlines()[-1]
     assert code == 1 and "diffusion.pt" in last and "Nothing that was written before is lost" in last, output
