@@ -20,8 +20,10 @@ from train_dia import MODES
 HERE = Path(__file__).parent
 README, DETAILS = HERE.parent / "README.md", HERE / "README.md"
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)", "none, as long": "CSI for as many seconds"}
+TABLED = [*MODES, "none, as long"]       # the lines of a table
 PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"), ("diffusion", "copy"),
-         ("resize", "none"), ("residual", "none"), ("residual", "copy"), ("gaussian", "diffusion"), ("median", "diffusion")]
+         ("resize", "none"), ("residual", "none"), ("residual", "copy"), ("gaussian", "none"), ("median", "none"),
+         ("gaussian", "diffusion"), ("median", "diffusion")]
 USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run of the study has
 SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"           # the settings of the plots
 SUMMARY = {"400 steps, weight 1,000": SHOWN, "the same, nothing resized": "400 steps, dissolve_size=64, twin_weight=1000.0",
@@ -109,10 +111,17 @@ def of(rows, mode, setting, score):
     return {r["seed"]: r for r in found}
 
 
+def settings_tested(rows):
+    """The settings with a reporting run, fewest steps first; not those whose runs all stand in the table of another."""
+    ran = {(r["dissolve"], r["setting"]) for r in rows if r["last"] and r["auroc"] is not None and r["seed"] in SEEDS}
+    beside = {(mode.split(",")[0], as_run(s, mode)) for _, s in ran for mode in TABLED if as_run(s, mode) != s}
+    return sorted({s for _, s in ran - beside}, key=lambda s: (int(s.split()[0]), s))
+
+
 def contrast(rows, setting):
     """The table of one setting: a line a mode; by each score the mean over seeds, and each seed's test AUROC."""
     table = []
-    for mode in [*MODES, "none, as long"]:
+    for mode in TABLED:
         runs = [of(rows, mode, setting, score) for score in SCORES]
         if any(runs):
             each = [", ".join(f"{by[s]['auroc']:.3f}" for s in sorted(by)) for by in runs]
@@ -303,10 +312,7 @@ def similarities(probes):
 def pages():
     """{path: text} of the pages with tables of the study, as the csv files have them."""
     rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
-    settings = {r["setting"] for r in rows if r["last"] and r["auroc"] is not None and r["seed"] in SEEDS}
-    weighed = {r["setting"] for r in rows if r["dissolve"] not in ("none", "copy")}      # in these two some flags are idle
-    settings = sorted(settings & weighed or settings, key=lambda s: (int(s.split()[0]), s))
-    tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings)
+    tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings_tested(rows))
     lowest = [[*name, str(len(values)), spread(values)] for name, values in floors(HERE / "results.csv").items()]
     tables += "\n\n" + markdown(["floor", "images", "seeds", "AUROC"], lowest)
     details = DETAILS.read_text()

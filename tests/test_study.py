@@ -107,6 +107,18 @@ def test_baselines_stand_beside_settings_that_they_do_not_have():
     assert results.as_run(results.SHOWN, "none, as long") == "620 steps" and results.as_run("7 steps", "none, as long") == ""
 
 
+def test_settings_whose_runs_stand_beside_another_have_no_table(tables, monkeypatch):
+    assert results.settings_tested(tables) == ["400 steps"]                                         # search seeds' are not there
+    weighed = [{**tables[0], "setting": "400 steps, twin_weight=9.0"}, {**tables[0], "setting": "60 steps"}]
+    assert results.settings_tested(tables + weighed) == ["60 steps", "400 steps", "400 steps, twin_weight=9.0"]
+    alone = [r for r in tables if r["dissolve"] == "none"]
+    assert results.settings_tested(alone) == ["400 steps"] and results.settings_tested(alone + weighed[:1]) == [
+        "400 steps, twin_weight=9.0"]
+    monkeypatch.setitem(results.AS_LONG, "400 steps, twin_weight=9.0", "620 steps")
+    longer = [{**r, "setting": "620 steps"} for r in alone]
+    assert results.settings_tested(alone + longer + weighed[:1]) == ["400 steps, twin_weight=9.0"]
+
+
 def test_csi_for_as_many_seconds_has_a_line_of_its_own(tables, monkeypatch):
     monkeypatch.setitem(results.AS_LONG, "400 steps", "620 steps")
     longer = [{**r, "setting": "620 steps", "auroc": 0.9} for r in tables if r["dissolve"] == "none" and r["seed"] == 1]
