@@ -338,6 +338,14 @@ def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, monkeypatch,
     assert call(ckaad, *own, "--out", tmp_path / "dia") is None
 
 
+@pytest.mark.parametrize("words, flags", [(["--lr", 1e20], "--lr or --critic-lr"), (["--critic-lr", 1e20], "--lr or --critic-lr"),
+                                          (["--lr", 1e20, "--strategy", "minus-anomaly"], "--lr")])
+def test_diverging_names_the_rates(words, flags, tiny, tmp_path):
+    said = call(ckaad, *tiny, *FEW, "--shots", 2, "--out", tmp_path / "run", *words)
+    assert "the loss is nan at step" in said and said.endswith(f"Try a smaller {flags}.")
+    assert not (tmp_path / "run/ckaad.pt").exists()
+
+
 def test_more_labels_than_anomalies(tiny, tmp_path):
     assert "labelled anomalies are asked for, and there are 18" in call(
         ckaad, *tiny, *FEW, "--labelled", "70%", "--out", tmp_path / "run")

@@ -232,8 +232,7 @@ def train(setting, model, normals, anomalies, out):
         done = step + 1
         if done % epoch == 0:
             values = torch.stack(losses).cpu()                              # (steps, 1 or 5)
-            for column, lr, flag in zip(values.T.tolist(), (args.lr, args.critic_lr), ("--lr", "--critic-lr"), strict=False):
-                check_loss(column, done, lr, flag)
+            check_loss(values[:, 0].tolist(), done, args.lr, "--lr or --critic-lr" if critic else "--lr")
             losses, seconds = [], time.perf_counter() - begun
             log(done // epoch, show=False, seconds=round(seconds, 1),
                 **dict(zip(("loss", "discriminator", *ENERGIES), values.mean(0).tolist(), strict=False)))
