@@ -228,19 +228,24 @@ def put(text, name, table):
     return pattern.sub(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text)
 
 
-def plot_contrast(path, rows, setting):
-    """Test AUROC of every mode at one setting: a panel a score, a dot a seed, a bar the mean."""
+def plot_contrast(path, rows, settings):
+    """Test AUROC of every mode: a line of panels for each of {name: setting}, a panel a score, a dot a seed, a bar the mean."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    modes = [m for m in MODES if of(rows, m, setting, SCORES[0])]
-    for axes, score in zip(figure.subplots(1, len(SCORES), sharey=True), SCORES, strict=True):
-        for i, mode in enumerate(modes):
-            values = [r["auroc"] for r in of(rows, mode, setting, score).values()]
-            axes.plot([i] * len(values), values, "o", color=f"C{MODES.index(mode)}", alpha=0.7)
-            axes.plot([i - 0.3, i + 0.3], [statistics.fmean(values)] * 2, color=f"C{MODES.index(mode)}")
-        axes.set(title=f"score: {score}", xticks=range(len(modes)), xticklabels=modes)
-        axes.tick_params(axis="x", rotation=30)
-    figure.axes[0].set_ylabel("AUROC on the test set")
+    figure = Figure(figsize=(9, 0.4 + 2.4 * len(settings)), layout="constrained")
+    modes = [m for m in MODES if any(of(rows, m, s, SCORES[0]) for s in settings.values())]
+    panels = figure.subplots(len(settings), len(SCORES), sharex=True, sharey="col", squeeze=False)
+    for line, (name, setting) in zip(panels, settings.items(), strict=True):
+        for axes, score in zip(line, SCORES, strict=True):
+            for i, mode in enumerate(modes):
+                values = [r["auroc"] for r in of(rows, mode, setting, score).values()]
+                if values:
+                    axes.plot([i] * len(values), values, "o", color=f"C{MODES.index(mode)}", alpha=0.7)
+                    axes.plot([i - 0.3, i + 0.3], [statistics.fmean(values)] * 2, color=f"C{MODES.index(mode)}")
+            axes.set(xticks=range(len(modes)), xticklabels=modes)
+            axes.tick_params(axis="x", rotation=30)
+        line[0].set_ylabel(f"test AUROC\n{name}")
+    for axes, score in zip(panels[0], SCORES, strict=True):
+        axes.set_title(f"score: {score}")
     figure.savefig(path, dpi=110)
 
 
@@ -332,7 +337,7 @@ def main():
         print("no plots: they need matplotlib (pip install matplotlib)")
         return
     rows, pictures = read(HERE / "results.csv"), README.parent / "pictures"
-    plot_contrast(pictures / "contrast.png", rows, SHOWN)
+    plot_contrast(pictures / "contrast.png", rows, {name: s for name, s in SUMMARY.items() if s in (SHOWN, LONGER)})
     if any(r["setting"] == LONGER and not r["last"] and r["auroc"] is not None for r in rows):
         plot_curves(pictures / "curves.png", rows, LONGER)
     plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv", SHOWN), "local")

@@ -154,7 +154,7 @@ def test_plots_and_similarities(tables, tmp_path):
               for i, (m, v) in enumerate((("diffusion", "0.5"), ("diffusion", "0.7"), ("none", "0.9")))]
     assert results.similarities(probes).splitlines()[2:] == ["| DIA (`diffusion`) | 0, 1 | 0.60 |", "| CSI (`none`) | 2 | 0.90 |"]
     pytest.importorskip("matplotlib")
-    results.plot_contrast(tmp_path / "contrast.png", tables, "400 steps")
+    results.plot_contrast(tmp_path / "contrast.png", tables, {"a": "400 steps", "b": "2000 steps"})
     results.plot_sensitivity(tmp_path / "sensitivity.png", probes, "csi")
     results.plot_curves(tmp_path / "curves.png", tables, "400 steps")
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("contrast", "curves", "sensitivity"))
