@@ -884,13 +884,13 @@ class Log:
     def __init__(self, out, stage, step):
         self.path, self.stage = Path(out) / "log.jsonl", stage
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n")                          # a last line may be torn
-                and ((row := json.loads(line))["stage"] != stage or row["step"] <= step)]
-        if kept != lines:
+        rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]      # a last line may be torn
+        rows = [(line, row) for line, row in rows if row["stage"] != stage or row["step"] <= step]
+        if len(rows) < len(lines):
             with whole(self.path) as temporary:
-                temporary.write_text("".join(kept))
-        rows = [row for row in map(json.loads, kept) if row["stage"] == stage and "seconds" in row]
-        self.seconds = rows[-1]["seconds"] if rows else 0.0
+                temporary.write_text("".join(line for line, _ in rows))
+        seconds = [row["seconds"] for _, row in rows if row["stage"] == stage and "seconds" in row]
+        self.seconds = seconds[-1] if seconds else 0.0
 
     def __call__(self, step, show=True, **values):
         with open(self.path, "a") as file:

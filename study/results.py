@@ -57,6 +57,11 @@ def is_last(row):
     return f"steps={row['steps']}" in row["settings"].split()
 
 
+def is_tested(row):
+    """True for a reporting run with a test AUROC, at its last step or on the way."""
+    return row["seed"] in SEEDS and row["auroc"] is not None
+
+
 def read(path, data="elpv"):
     """The rows of results.csv on one data set but the floors: seed, steps int, figures float or None, `setting`, `last`."""
     with open(path, newline="") as file:
@@ -99,8 +104,7 @@ def markdown(header, rows):
 def tested(rows, mode, setting, score):
     """The rows of the reporting runs of a mode and setting that have a test AUROC, at the last step or on the way."""
     wanted = mode.split(",")[0], as_run(setting, mode), score
-    return [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == wanted and r["seed"] in SEEDS
-            and r["auroc"] is not None]
+    return [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == wanted and is_tested(r)]
 
 
 def of(rows, mode, setting, score):
@@ -113,7 +117,7 @@ def of(rows, mode, setting, score):
 
 def settings_tested(rows):
     """The settings with a reporting run, fewest steps first; not those whose runs all stand in the table of another."""
-    ran = {(r["dissolve"], r["setting"]) for r in rows if r["last"] and r["auroc"] is not None and r["seed"] in SEEDS}
+    ran = {(r["dissolve"], r["setting"]) for r in rows if r["last"] and is_tested(r)}
     beside = {(mode.split(",")[0], as_run(s, mode)) for _, s in ran for mode in TABLED if as_run(s, mode) != s}
     return sorted({s for _, s in ran - beside}, key=lambda s: (int(s.split()[0]), s))
 
@@ -338,7 +342,7 @@ def main():
         return
     rows, pictures = read(HERE / "results.csv"), README.parent / "pictures"
     plot_contrast(pictures / "contrast.png", rows, {name: s for name, s in SUMMARY.items() if s in (SHOWN, LONGER)})
-    if any(r["setting"] == LONGER and not r["last"] and r["auroc"] is not None for r in rows):
+    if any(r["setting"] == LONGER and not r["last"] and is_tested(r) for r in rows):
         plot_curves(pictures / "curves.png", rows, LONGER)
     plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv", SHOWN), "local")
     print(f"drew the plots in {pictures}")
