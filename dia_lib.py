@@ -4,7 +4,7 @@ First the method, in the order of the paper: schedule and dissolving, UNet, view
 Below the line of equal signs, the plumbing: images, checkpoints, random numbers, device, command line.
 
 Letters, used everywhere:
-    B  images in a batch     K  shifts (4)            V  views (2 for CSI, 3 for DIA)    N  rows of a view, K*B
+    B  images in a batch     K  shifts (4)            V  views (2 for CSI, 3 for DIA)   N  rows of a view, K*B
     D  embedding size (128)  C H W  image             T  diffusion steps (1000)
     M  training images       Q  test images
 
@@ -47,9 +47,7 @@ from tqdm import tqdm
 
 K = 4       # both families of shifts have four members
 
-# ----------------------------------------------------------------------------------------------------------
-# Schedule and dissolving
-# ----------------------------------------------------------------------------------------------------------
+# ---- Schedule and dissolving ---------------------------------------------------------------------------
 
 
 def to_pm1(x):
@@ -103,9 +101,7 @@ def dissolve(unet, x, t, abar):
     return x_hat.clamp(-1, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# UNet
-# ----------------------------------------------------------------------------------------------------------
+# ---- UNet ----------------------------------------------------------------------------------------------
 
 
 class ResBlock(nn.Module):
@@ -133,7 +129,8 @@ class Attention(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.heads = next(h for h in range(max(1, dim // 32), 0, -1) if dim % h == 0)
-        self.norm, self.qkv, self.out = nn.GroupNorm(8, dim), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+        self.norm, self.qkv = nn.GroupNorm(8, dim), nn.Conv2d(dim, 3 * dim, 1)
+        self.out = nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -157,7 +154,8 @@ class UNet(nn.Module):
         super().__init__()
         self.dim, time_dim = dim, 4 * dim
         widths, lowest = [dim] + [dim * m for m in dim_mults], len(dim_mults) - 1
-        self.time = nn.Sequential(nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
+        self.time = nn.Sequential(
+            nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
         self.stem = nn.Conv2d(channels, dim, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, (cin, cout) in enumerate(itertools.pairwise(widths)):
@@ -171,7 +169,8 @@ class UNet(nn.Module):
                 Attention(cout) if low else nn.Identity(),
                 nn.Sequential(nn.Identity() if level == 0 else nn.Upsample(scale_factor=2),
                               nn.Conv2d(cout, cin, 3, padding=1))]))
-        self.mid = nn.ModuleList([ResBlock(cout, cout, time_dim), Attention(cout), ResBlock(cout, cout, time_dim)])
+        self.mid = nn.ModuleList([
+            ResBlock(cout, cout, time_dim), Attention(cout), ResBlock(cout, cout, time_dim)])
         self.last = ResBlock(2 * dim, dim, time_dim)
         self.out = nn.Sequential(nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, channels, 3, padding=1))
 
@@ -196,14 +195,12 @@ class UNet(nn.Module):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the averaged weights towards the model's after step i = 0, 1, ...; decay min(0.9995, (1+i)/(10+i))."""
+    """Move the averaged weights towards the model's after step i; decay min(0.9995, (1+i)/(10+i))."""
     decay = min(0.9995, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Views: A_k = T S_k D. Flip, dissolve (view 2), shift, augment, in this order
-# ----------------------------------------------------------------------------------------------------------
+# ---- Views: A_k = T S_k D. Flip, dissolve (view 2), shift, augment, in this order ----------------------
 
 AUGMENT = 11    # uniform numbers that the augmentation of one row takes
 
@@ -213,7 +210,8 @@ def draw_step(seed, step, views, batch):
 
     Returns u_t (B,), u_flip (V, B), u_augment (11, V*K*B), on the CPU: parts of one block.
     """
-    block = torch.rand(1 + views + AUGMENT * views * K, batch, generator=step_generator("cpu", seed, "dia", step))
+    generator = step_generator("cpu", seed, "dia", step)
+    block = torch.rand(1 + views + AUGMENT * views * K, batch, generator=generator)
     return block[0], block[1:1 + views], block[1 + views:].view(AUGMENT, -1)
 
 
@@ -259,7 +257,7 @@ def augment(x, u, crop=(0.08, 1.0)):
         x = torch.where(grey < 0.2, luma(x), x)
 
     # choice: a crop that does not fit keeps its area and takes the nearest aspect that fits; CSI draws again
-    area, aspect = crop[0] + (crop[1] - crop[0]) * area.flatten(), 3 / 4 * (16 / 9) ** aspect.flatten()  # (n,)
+    area, aspect = crop[0] + (crop[1] - crop[0]) * area.flatten(), 3 / 4 * (16 / 9) ** aspect.flatten()
     aspect = torch.minimum(torch.maximum(aspect, area), 1 / area)                             # width / height
     h, w, zero = (area / aspect).sqrt(), (area * aspect).sqrt(), torch.zeros_like(area)
     cy, cx = (2 * y.flatten() - 1) * (1 - h), (2 * x_.flatten() - 1) * (1 - w)          # of the crop's centre
@@ -274,16 +272,17 @@ def luma(x):
 
 
 def jitter_hsv(x, hue, saturation, value):
-    """Shift the hue (in turns), scale saturation and value. x: (n, 3, H, W) in [0, 1]; others (n or 1, 1, 1, 1).
+    """Shift the hue (in turns), scale saturation and value of x (n, 3, H, W) in [0, 1], by (n or 1, 1, 1, 1).
 
-    HSV back to RGB by channel = v - v*s*max(0, min(k, 4 - k, 1)), k = (n + 6h) mod 6, n = 5, 3, 1 for R, G, B.
+    Back to RGB by channel = v - v*s*max(0, min(k, 4 - k, 1)), k = (n + 6h) mod 6, n = 5, 3, 1 for R, G, B.
     choice: the hue of the hexagon, whose inverse this is, where CSI's code takes the hue of the circle.
     """
     r, g, b = x.unbind(1)                                                       # (n, H, W) each
     v, low = x.amax(1), x.amin(1)
     chroma = (v - low).clamp(min=1e-8)
-    h = torch.where(v == r, (g - b) / chroma, torch.where(v == g, (b - r) / chroma + 2, (r - g) / chroma + 4)) / 6
-    s = (v - low) / v.clamp(min=1e-8)                                           # h in turns
+    h = torch.where(v == g, (b - r) / chroma + 2, (r - g) / chroma + 4)
+    h = torch.where(v == r, (g - b) / chroma, h) / 6                            # in turns
+    s = (v - low) / v.clamp(min=1e-8)
     h, s, v = h + hue[:, 0], (s * saturation[:, 0]).clamp(0, 1), (v * value[:, 0]).clamp(0, 1)
     k = (torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1) + 6 * h[:, None]) % 6     # (n, 3, H, W)
     return v[:, None] - (v * s)[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -324,16 +323,14 @@ def pad_to(x, size):
 def make_views(views, shift, u, crop):
     """All V*K views of a batch: S_k and T of each view. DIA Sec. 3.2, Eq. 5.
 
-    views: V tensors (B, C, H, W) in [0, 1], flipped, the third one dissolved. The flip comes before the shift:
-    after a quarter-turn it would exchange 90 and 270 degrees.  u: (11, V*K*B), crop: see `augment`.
+    views: V tensors (B, C, H, W) in [0, 1], flipped, the third one dissolved. The flip comes before the
+    shift: after a quarter-turn it would exchange 90 and 270 degrees.  u: (11, V*K*B), crop: see `augment`.
     Returns (V*K*B, C, H, W), view-major, then shift, then image.
     """
     return augment(torch.cat([shift_views(view, shift) for view in views]), u, crop)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Encoder
-# ----------------------------------------------------------------------------------------------------------
+# ---- Encoder -------------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
@@ -364,9 +361,7 @@ class Encoder(nn.Module):
             return self.projection(h.float()), self.shift(h.float())                        # (n, 128), (n, K)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Contrastive loss
-# ----------------------------------------------------------------------------------------------------------
+# ---- Contrastive loss ----------------------------------------------------------------------------------
 
 
 def contrastive_loss(z, views=3, tau=0.5, twins="negative"):
@@ -397,14 +392,12 @@ def contrastive_loss(z, views=3, tau=0.5, twins="negative"):
         return loss.sum() / (views * N)                                         # Eq. 7
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Score
-# ----------------------------------------------------------------------------------------------------------
+# ---- Score ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def embed(encoder, images, shift, passes, device, batch=96, name=None):
-    """Embeddings and shift logits under every shift, mean over test-time passes. CSI, arXiv:2007.08176, Sec. 2.3.
+    """Embeddings and shift logits under every shift, mean over test-time passes. CSI, Sec. 2.3.
 
     images: (M, C', H, W) uint8.  Pass p under shift k uses one draw, from (p, k) alone, for all images (flip,
     jitter, grey, crop 0.54): a score depends on its image and the run, never on batch, order or other files.
@@ -414,14 +407,15 @@ def embed(encoder, images, shift, passes, device, batch=96, name=None):
     encoder.eval()
     draws = [torch.rand(1 + AUGMENT, 1, generator=step_generator("cpu", 0, "test-time view", i))
              for i in range(passes * K)]
-    mirrored, draws = [bool(u[0] < 0.5) for u in draws], [u[1:].to(device) for u in draws]  # of pass p, shift k
+    mirrored, draws = [bool(u[0] < 0.5) for u in draws], [u[1:].to(device) for u in draws]
     zs, logits = [torch.empty(0, K, 128)], [torch.empty(0, K, K)]
     for chunk in tqdm(images.split(batch), name, unit="batch", leave=False, disable=None if name else True):
         x = to_float(chunk, channels, device)                                           # (b, C, H, W)
         shifted = [shift_views(y, shift).chunk(K) for y in (x, x.flip(-1))]             # [flipped?][k]
         z_sum = logit_sum = 0
         for p in range(passes):
-            rows = [augment(shifted[mirrored[p * K + k]][k], draws[p * K + k], (0.54, 0.54)) for k in range(K)]
+            rows = [augment(shifted[mirrored[p * K + k]][k], draws[p * K + k], (0.54, 0.54))    # (b, C, H, W)
+                    for k in range(K)]
             with autocast(device):
                 z, logit = encoder(torch.cat(rows))                                     # (K*b, D), (K*b, K)
             z_sum, logit_sum = z_sum + z, logit_sum + logit
@@ -465,7 +459,7 @@ def csi_parts(stats, z, logits, chunk=None):
 
 
 def csi_score(stats, z, logits):
-    """CSI's ensemble over shifts, (Q,), higher = more anomalous (CSI's own points the other way). DIA, Eq. 10."""
+    """CSI's ensemble over shifts, (Q,), higher = more anomalous (CSI's own points the other way). Eq. 10."""
     return csi_parts(stats, z, logits)["csi"]
 
 
@@ -474,15 +468,19 @@ def csi_score(stats, z, logits):
 # ==========================================================================================================
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-MEDMNIST_NORMAL = {"pneumoniamnist": 0, "breastmnist": 1, "octmnist": 3}  # MedMNIST's label of the healthy class
+MEDMNIST_NORMAL = {"pneumoniamnist": 0, "breastmnist": 1, "octmnist": 3}    # label of the healthy class
 MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
 MEDMNIST_MD5 = {
-    "pneumoniamnist": "28209eda62fecd6e6a2d98b1501bb15f", "pneumoniamnist_64": "8f4eceb4ccffa70c672198ea285246c6",
-    "pneumoniamnist_128": "05b46931834c231683c68f40c47b2971", "pneumoniamnist_224": "d6a3c71de1b945ea11211b03746c1fe1",
-    "breastmnist": "750601b1f35ba3300ea97c75c52ff8f6", "breastmnist_64": "742edef2a1fd1524b2efff4bd7ba9364",
-    "breastmnist_128": "363e4b3f8d712e9b5de15470a2aaadf1", "breastmnist_224": "b56378a6eefa9fed602bb16d192d4c8b"}
+    "breastmnist": "750601b1f35ba3300ea97c75c52ff8f6",
+    "breastmnist_64": "742edef2a1fd1524b2efff4bd7ba9364",
+    "breastmnist_128": "363e4b3f8d712e9b5de15470a2aaadf1",
+    "breastmnist_224": "b56378a6eefa9fed602bb16d192d4c8b",
+    "pneumoniamnist": "28209eda62fecd6e6a2d98b1501bb15f",
+    "pneumoniamnist_64": "8f4eceb4ccffa70c672198ea285246c6",
+    "pneumoniamnist_128": "05b46931834c231683c68f40c47b2971",
+    "pneumoniamnist_224": "d6a3c71de1b945ea11211b03746c1fe1"}
 TREE = "expected <data>/train/<normal>/*, <data>/test/<normal>/* and <data>/test/<anything else>/*"
-Item = namedtuple("Item", "name label group source")   # relative name; 1 = anomaly; group; a path or an array
+Item = namedtuple("Item", "name label group source")    # label 1 = anomaly; source: a path or an array
 
 
 @dataclass
@@ -518,7 +516,7 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     if data == "elpv":
         items, defaults["shift"] = elpv_items(), "perm"
     elif path.suffix == ".npz" or (data in MEDMNIST_MD5 and not path.is_dir()):
-        label = normal_label(path, normal_class)                         # asked before anything is downloaded
+        label = normal_label(path, normal_class)                        # asked before anything is downloaded
         items = npz_items(path if path.suffix == ".npz" else medmnist(data), splits, label)
         native = min(items["train"][0].source.shape[:2])
         defaults["image_size"], image_size = min(native, 224), min(image_size or 224, native)
@@ -529,38 +527,34 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     else:
         raise SystemExit(f"--data {data}: no such folder, npz file or set; sets known by name: elpv, "
                          f"{', '.join(MEDMNIST_MD5)}.")
-    size = image_size or defaults["image_size"]
+    size, test = image_size or defaults["image_size"], items["test"] if "test" in splits else []
 
     train, digests = read_images(items["train"], size)
     order = np.argsort(digests)
-    if "val" in items:                                                  # as in the paper, all of train trains
+    train, digests = train[order], digests[order]
+    if "val" in items:                                                  # all of train trains, as in the paper
         held, held_digests = read_images(items["val"] if holdout else [], size)
-        train, digests = train[order], digests[order]
-    else:
-        n = int((digests < holdout * 2.0 ** 64).sum())                     # equal images are on the same side
-        held, held_digests = train[order[:n]], digests[order[:n]]
-        train, digests = train[order[n:]], digests[order[n:]]
+    else:                                                                   # equal images are on one side
+        n = int((digests < holdout * 2.0 ** 64).sum())
+        held, held_digests, train, digests = train[:n], digests[:n], train[n:], digests[n:]
     if not len(train):
-        raise SystemExit(f"--data {data}: --holdout {holdout} leaves none of {len(order)} images to train on.")
-    test = items["test"] if "test" in splits else []
+        raise SystemExit(f"--data {data}: --holdout {holdout} leaves none of {len(order)} images to train on")
     pixels, test_digests = read_images(test, size)
     each = {"train": digests, "held": held_digests, "test": test_digests}
     return Data(name=data_name(data), train=torch.from_numpy(train), held=torch.from_numpy(held),
                 calibration=torch.from_numpy(held_digests % 2 == 1), test=torch.from_numpy(pixels),
-                labels=torch.tensor([i.label for i in test], dtype=torch.int64), groups=[i.group for i in test],
-                paths=[i.name for i in test], fingerprint=hashlib.sha256(digests.tobytes()).hexdigest(),
-                digests={k: torch.from_numpy(v.view(np.int64)) for k, v in each.items()}, defaults=defaults)
+                labels=torch.tensor([i.label for i in test], dtype=torch.int64),
+                groups=[i.group for i in test], paths=[i.name for i in test],
+                digests={k: torch.from_numpy(v.view(np.int64)) for k, v in each.items()},
+                fingerprint=hashlib.sha256(digests.tobytes()).hexdigest(), defaults=defaults)
 
 
 def found(data):
-    """What was found, in a line: "elpv: train normal 1,018; test normal 377, mono 313, ...; 64 px, grey; ..."."""
-    def count(groups):
-        return ", ".join(f"{name or 'anomaly'} {n:,}" for name, n in sorted(Counter(groups).items()))
-
-    test = [("normal " if y == 0 else "anomalous ") + g for g, y in zip(data.groups, data.labels.tolist(), strict=True)]
-    colour = {1: "grey", 3: "RGB"}
-    return (f"{data.name}: train normal {len(data.train):,}; {f'test {count(test)}; ' if test else ''}"
-            f"{data.train.shape[-1]} px, {colour[data.train.shape[1]]}; {len(data.held):,} normals held out, "
+    """What was found, in a line, for the start of each script."""
+    kinds = Counter(zip(data.labels.tolist(), data.groups, strict=True))
+    test = "".join(f"; test {('normal', 'anomalous')[y]} {g}: {n:,}" for (y, g), n in sorted(kinds.items()))
+    return (f"{data.name}: train normal: {len(data.train):,}{test}; {data.train.shape[-1]} px, "
+            f"{'grey' if data.train.shape[1] == 1 else 'RGB'}; {len(data.held):,} normals held out, "
             f"{int(data.calibration.sum()):,} of them for calibration")
 
 
@@ -605,7 +599,7 @@ def medmnist(name):
         except OSError as error:
             raise SystemExit(f"{url}: {error}. Try later, or fetch it by hand to {cache}.") from None
         if not check_integrity(temporary, MEDMNIST_MD5[name]):
-            raise SystemExit(f"{url}: the file is cut or changed, its MD5 is not {MEDMNIST_MD5[name]}: try again.")
+            raise SystemExit(f"{url}: what came is cut or changed (its MD5 is wrong). Try again.")
     return cache
 
 
@@ -621,10 +615,9 @@ def normal_label(path, normal_class):
 
 
 def npz_items(path, splits, normal):
-    """MedMNIST's format: train_images, train_labels, ... of train, val (optional), test; uint8 (n, H, W[, 3])."""
+    """MedMNIST's format: {train, test and, if there, val}_images uint8 (n, H, W[, 3]), and _labels."""
     if not path.is_file():
         raise SystemExit(f"--data {path}: no such file.")
-    items, arrays = {}, {}
     try:
         with zipfile.ZipFile(path) as file:                                 # a bomb is refused unread
             large = [m for m in file.infolist() if m.file_size > max(2 ** 30, 100 * m.compress_size)]
@@ -632,37 +625,38 @@ def npz_items(path, splits, normal):
             raise SystemExit(f"{path}: {large[0].filename} would unpack from {large[0].compress_size} to "
                              f"{large[0].file_size} bytes: not read.")
         with np.load(path) as file:
-            wanted = [*splits, *(["val"] if "val_images" in file else [])]
-            missing = [f"{s}_{what}" for s in wanted for what in ("images", "labels") if f"{s}_{what}" not in file]
+            splits = [*splits, *(["val"] if "val_images" in file else [])]
+            missing = {f"{s}_{what}" for s in splits for what in ("images", "labels")} - set(file)
             if missing:
-                raise SystemExit(f"{path}: no {', '.join(missing)}; found {', '.join(file) or 'nothing'}. "
-                                 "MedMNIST's format has train_images, train_labels, test_images, test_labels.")
-            arrays = {s: (file[f"{s}_images"], file[f"{s}_labels"]) for s in wanted}
+                raise SystemExit(f"{path}: no {', '.join(sorted(missing))}; found {', '.join(file)}. Needed: "
+                                 "train_images, train_labels, test_images, test_labels, as in MedMNIST.")
+            arrays = {s: (file[f"{s}_images"], file[f"{s}_labels"]) for s in splits}
     except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
         raise SystemExit(f"{path} is not a readable npz file; it may be truncated: fetch it again.") from None
     except MemoryError as error:
         raise SystemExit(f"{path} does not fit into memory, or claims so ({error}).") from None
+    items = {}
     for split, (images, labels) in arrays.items():
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+        if images.dtype != np.uint8 or images.ndim != 3 and images.shape[3:] != (3,):
             raise SystemExit(f"{path}: {split}_images is {images.dtype} {images.shape}; "
                              "needed are 2-D images, uint8, (n, H, W) or (n, H, W, 3).")
-        if labels.dtype.kind not in "iub" or labels.size != len(images) or labels.shape[:1] != images.shape[:1]:
-            raise SystemExit(f"{path}: {split}_labels is {labels.dtype} {labels.shape}; needed is one integer for "
-                             f"each of {len(images)} images.")
+        if labels.dtype.kind not in "iub" or labels.shape not in ((len(images),), (len(images), 1)):
+            raise SystemExit(f"{path}: {split}_labels is {labels.dtype} {labels.shape}; needed is one "
+                             f"integer for each of {len(images)} images.")
         labels = labels.flatten().tolist()
         items[split] = [Item(f"{split}/{i:06d}", int(y != normal), str(y), image) for i, (image, y) in
                         enumerate(zip(images, labels, strict=True)) if split == "test" or y == normal]
-        if not items[split] and split != "val":
+        if not items[split]:
             raise SystemExit(f"{path}: no {split} image has the normal label {normal}; labels found: "
                              f"{', '.join(map(str, sorted(set(labels)))) or 'none'}.")
     return items
 
 
 def folder_items(root, splits, normal_class):
-    """MVTec's or ImageFolder's layout: train/<normal>, test/<normal>, test/<anything else>, any depth below."""
+    """MVTec's or ImageFolder's layout: train/<normal>, test/<normal>, test/<anything else>, nested or not."""
     def below(folder):
-        return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) \
-            if folder.is_dir() else []
+        folders = folder.iterdir() if folder.is_dir() else []
+        return sorted(p.name for p in folders if p.is_dir() and not p.name.startswith("."))
 
     train, test = root / "train", root / "test"
     if not train.is_dir():
@@ -670,10 +664,12 @@ def folder_items(root, splits, normal_class):
                          "Other layouts: python -m extras.prepare.")
     classes = [c for c in below(train) if walk(train / c)]
     usual = [c for c in classes if re.sub(r"^\d+[_-]?", "", c).lower() in ("good", "normal")]
-    normal = [c for c in classes if c == normal_class] if normal_class else classes if len(classes) == 1 else usual
+    normal = usual if len(classes) > 1 else classes
+    if normal_class:
+        normal = [c for c in classes if c == normal_class]
     if len(normal) != 1:
         raise SystemExit(f"{train}: {'several' if normal else 'no'} candidates for the normal class; {TREE}; "
-                         f"found {', '.join(classes) or 'no folder with images'}. Name it with --normal-class.")
+                         f"found {', '.join(classes) or 'no images'}. Name it with --normal-class.")
     items = {"train": [Item(f.relative_to(root).as_posix(), 0, "", f) for f in walk(train / normal[0])]}
     if "test" in splits:
         items["test"] = [Item(f.relative_to(root).as_posix(), int(c != normal[0]), c, f)
@@ -689,16 +685,16 @@ def walk(folder, above=None):
     above = set(real.parents) if above is None else above
     if real in above:
         return []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
+    for path in sorted(p for p in folder.iterdir() if not p.name.startswith(".")):
+        if path.is_dir():
             files += walk(path, above | {real})
-        elif path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+        elif path.suffix.lower() in SUFFIXES:
             files.append(path)
     return files
 
 
 def decode(source, size):
-    """A path, or an array (H, W) or (H, W, 3) uint8 -> pixels (C, size, size) uint8, C = 1 if grey, and a digest.
+    """A path, or an array uint8 (H, W[, 3]) -> pixels uint8 (C, size, size), C = 1 if grey, and a digest.
 
     Brought to a square by antialiased bilinear resizing. The digest, an int of 64 bits, is of all its pixels.
     """
@@ -706,27 +702,25 @@ def decode(source, size):
     # their full range
     try:
         image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
-        pixels = image.width * image.height
-        if pixels > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, "
-                             f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million at most")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, {Image.MAX_IMAGE_PIXELS:,} at most")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                                      # 16-bit grey
             image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{source} cannot be read as an image ({error}): repair or remove it, or let python -m "
-                         "extras.prepare leave it out.") from None
+        raise SystemExit(f"{source} cannot be read as an image ({error}): repair or remove it, or let python "
+                         "-m extras.prepare leave it out.") from None
     red, green, blue = image.split()
     if all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue)):
         image = red
     digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
-    image = image.resize((size, size), Image.Resampling.BILINEAR)        # as it is where the size is the same
+    image = image.resize((size, size), Image.Resampling.BILINEAR)       # as it is where the size is the same
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1), int.from_bytes(digest[:8], "little")
 
 
 def read_images(items, size):
-    """All images of a split, decoded in parallel: (n, C, size, size) uint8 and their digests (n,) uint64."""
+    """All images of a split, decoded in parallel: uint8 (n, C, size, size), and their digests uint64 (n,)."""
     pixels, digests = np.empty((len(items), 1, size, size), np.uint8), np.empty(len(items), np.uint64)
     with ThreadPoolExecutor() as pool:
         read = pool.map(lambda item: decode(item.source, size), items)
@@ -738,13 +732,11 @@ def read_images(items, size):
     return pixels, digests
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Device
-# ----------------------------------------------------------------------------------------------------------
+# ---- Device --------------------------------------------------------------------------------------------
 
 
 def pick_device(name):
-    """"auto" -> cuda, mps or cpu. Exits if CUDA is asked for and not there."""
+    """"auto" -> cuda, mps or cpu. Exits if a device is asked for that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -767,8 +759,8 @@ def has_bfloat16(device):
 
 
 def precision(device):
-    """What the networks compute in, and the versions, for the start line."""
-    kind = "bfloat16" if has_bfloat16(device) else f"float32 (bfloat16 is only emulated on this {device.type})"
+    """What the networks compute on and in, for the start line."""
+    kind = "bfloat16" if has_bfloat16(device) else f"float32 (this {device.type} has no fast bfloat16)"
     return f"{device}, {kind}, torch {torch.__version__}"
 
 
@@ -781,15 +773,8 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
-def place(images, device):
-    """On CUDA, images that fit into a quarter of its free memory, moved there; else the images as they are."""
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        return images.to(device)
-    return images
-
-
 def send(x, device):
-    """x on the device, without waiting for work under way there: CUDA copies from page-locked memory meanwhile."""
+    """x on the device; CUDA copies it from page-locked memory, without waiting for work under way there."""
     if torch.device(device).type == "cuda" and not x.is_cuda:
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
@@ -802,14 +787,10 @@ def to_float(images, channels, device):
 
 def to_channels(x, channels):
     """Images (n, C', H, W) in [0, 1] -> (n, channels, H, W): grey <-> RGB as needed."""
-    if x.shape[1] > channels:
-        return luma(x)
-    return x.expand(-1, channels, -1, -1)
+    return luma(x) if x.shape[1] > channels else x.expand(-1, channels, -1, -1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Random numbers and checkpoints
-# ----------------------------------------------------------------------------------------------------------
+# ---- Random numbers and checkpoints --------------------------------------------------------------------
 
 
 def step_generator(device, seed, stream, step):
@@ -819,7 +800,7 @@ def step_generator(device, seed, stream, step):
 
 
 def batch_indices(n, batch, seed, step):
-    """Indices (batch,) of a step: a new permutation of n images each epoch; the last partial batch is dropped."""
+    """Indices (batch,) of a step: n images in a new order each epoch; the last partial batch is dropped."""
     epoch, position = divmod(step, n // batch)
     order = torch.randperm(n, generator=step_generator("cpu", seed, "epoch", epoch))
     return order[position * batch:(position + 1) * batch]
@@ -827,14 +808,14 @@ def batch_indices(n, batch, seed, step):
 
 @contextmanager
 def whole(path):
-    """Give a temporary path to write to; it becomes `path` when the block ends, or nothing does if it fails."""
+    """Give a temporary path to write to; it becomes `path` when the block ends, unless the block fails."""
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:                                # a full disk does not say which file
-        raise error if error.filename or not error.errno else OSError(error.errno, error.strerror,
-                                                                      str(path)) from None
+        known = error.filename or not error.errno
+        raise error if known else OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -849,21 +830,21 @@ def save_checkpoint(path, kind, settings, state):
 
 
 def load_checkpoint(path, kind, device):
-    """Read a checkpoint of save_checkpoint, without unpickling code. Exits if it is none, or another stage's."""
+    """Read a checkpoint of save_checkpoint, unpickling no code. Exits if it is none, or of another kind."""
     if not Path(path).is_file():
         script = {"diffusion": "train_diffusion.py", "stats": "evaluate.py"}.get(kind, "train_dia.py")
         raise SystemExit(f"{path}: no such checkpoint. Run {script} with the same --data and --out first.")
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=False)
-        found, settings = state["kind"], state["settings"]
+        found, version = state["kind"], state["settings"]["format"]
     except Exception:                           # torch raises many types for files that are not checkpoints
         raise SystemExit(f"{path} is not a checkpoint of this project, or is truncated: train this stage "
                          "again.") from None
     if found != kind:
         raise SystemExit(f"{path} is a {found} checkpoint, a {kind} checkpoint is needed here.")
-    if settings.get("format") != 2:
-        raise SystemExit(f"{path} is of another version of this project (format {settings.get('format')}, not 2): "
-                         "train again, or use that version.")
+    if version != 2:
+        raise SystemExit(f"{path} was written by another version of this project (format {version}, this one "
+                         "reads 2): train this stage again.")
     return state
 
 
@@ -875,63 +856,69 @@ def sha256_of(path):
 def load_unet(state, device):
     """The averaged UNet of stage 1's checkpoint, without gradient, and its alpha_bar (T,)."""
     s = state["settings"]
-    unet = UNet(s["channels"], s["dim"]).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    unet = UNet(s["channels"], s["dim"]).to(device, memory_format=torch.channels_last)
     unet.load_state_dict(state["ema"])
-    return unet, alpha_bar(s["schedule"]).to(device)
+    return unet.requires_grad_(False).eval(), alpha_bar(s["schedule"]).to(device)
 
 
 def load_encoder(state, device):
     """The encoder of stage 2's checkpoint, in evaluation mode."""
     s = state["settings"]
-    encoder = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last).eval()
+    encoder = Encoder(s["channels"], K, s["stem"]).to(device, memory_format=torch.channels_last)
     encoder.load_state_dict(state["encoder"])
-    return encoder
+    return encoder.eval()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Command line, log, pictures
-# ----------------------------------------------------------------------------------------------------------
+# ---- Command line, log, pictures -----------------------------------------------------------------------
 
 
 def number(kind=int, low=1, high=math.inf, above=None, multiple=1):
     """An argparse type: a number from low (or above `above`) to high, a multiple of `multiple`."""
-    words = f"above {above}" if above is not None else f"from {low} on" if high == math.inf else f"from {low} to {high}"
-    words += f", up to {high}" if above is not None and high < math.inf else ""
+    words = "an integer " if kind is int else "a number "
+    words += f"above {above}" if above is not None else f"from {low}" + (" on" if high == math.inf else "")
+    words += f", up to {high}" if high < math.inf else ""
     words += f", a multiple of {multiple}" if multiple > 1 else ""
 
     def parse(text):
         try:
             value = kind(text)
-            fits = (value > above if above is not None else value >= low) and value <= high and value < math.inf
         except ValueError:
-            fits = False
-        if not fits or value % multiple and multiple > 1:
-            raise argparse.ArgumentTypeError(f"{text}: needs {'an integer' if kind is int else 'a number'} {words}")
+            value = math.nan
+        fits = (value >= low if above is None else value > above) and value <= high and value < math.inf
+        if not fits or multiple > 1 and value % multiple:
+            raise argparse.ArgumentTypeError(f"{text}: needs {words}")
         return value
     return parse
 
 
+def make_parser(description):
+    """An argument parser whose errors are a sentence, not a page."""
+    return argparse.ArgumentParser(description=description, usage="%(prog)s [flags]; --help lists them",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def shared_flags(parser, data="elpv"):
     """The flags that mean the same in every script; data: the default of --data, None for the run's own."""
-    parser.add_argument("--data", default=data, help="elpv, another set's name, a folder, or an npz file (default: "
-                        f"{data or 'as in training'})")
+    parser.add_argument("--data", default=data, help="elpv, another set's name, a folder, or an npz file "
+                        f"(default: {data or 'as in training'})")
     parser.add_argument("--normal-class", help="folder or label of the normal class, where it can't be told")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
 
 
 def training_flags(parser, steps, batch_size, lr):
-    """The flags of both training scripts, with the defaults of these three as text."""
+    """The flags of both training scripts; batch_size: a default; steps, lr: what to say of theirs."""
     shared_flags(parser)
-    parser.add_argument("--out", help="the run's folder (default: runs/<data>, and -s<seed> for a seed above 0)")
-    parser.add_argument("--seed", type=number(low=0), default=0, help="seed of weights and draws (default: 0)")
+    parser.add_argument("--out", help="the run's folder (default: runs/<data>, or runs/<data>-s<seed>)")
+    parser.add_argument("--seed", type=number(low=0), default=0, help="of weights and draws (default: 0)")
     parser.add_argument("--holdout", type=number(float, 0, 0.9), default=0.1,
                         help="share of the normals set aside (default: 0.1)")
-    parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint, with its settings")
-    parser.add_argument("--quick", action="store_true", help="the paper's method on a budget for a laptop's CPU")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint and settings")
+    parser.add_argument("--quick", action="store_true", help="the paper's method on a laptop's budget")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile (default: on CUDA; takes minutes to start on a CPU)")
     parser.add_argument("--steps", type=number(), help=f"optimizer steps (default: {steps})")
-    parser.add_argument("--batch-size", type=number(), default=batch_size, help=f"images a step (default: {batch_size})")
+    parser.add_argument("--batch-size", type=number(), default=batch_size,
+                        help=f"images a step (default: {batch_size})")
     parser.add_argument("--lr", type=number(float, above=0), help=f"highest learning rate (default: {lr})")
     parser.add_argument("--save-every", type=number(), metavar="N",
                         help="save every N steps, and keep the weights of each, in OUT/step-N")
@@ -941,8 +928,8 @@ def parse_training(parser, kind, quick, argv=None):
     """Parse a training script's command line: flags > (--resume) the checkpoint's > (--quick) > defaults.
 
     Returns args (with .out a Path, .given the settings as they were given) and the checkpoint to resume from,
-    or None if there is none yet. Exits when OUT holds a checkpoint of this stage and --resume is not given, or
-    a flag contradicts the run to resume.
+    or None if there is none yet. Exits when OUT holds a checkpoint of this stage and --resume is not given,
+    or a flag contradicts the run to resume.
     """
     first = parser.parse_args(argv)
     out = Path(first.out or f"runs/{data_name(first.data)}" + (f"-s{first.seed}" if first.seed else ""))
@@ -950,29 +937,27 @@ def parse_training(parser, kind, quick, argv=None):
     if first.resume and path.exists():
         state = load_checkpoint(path, kind, "cpu")
         if "optimizer" not in state:
-            raise SystemExit(f"--resume: {path} was kept by --save-every, to evaluate; resume the folder above it.")
+            raise SystemExit(f"--resume: {path} was kept by --save-every; resume the folder above it.")
         given = state["settings"]["given"]
-        parser.set_defaults(**given)
     elif path.exists():
         raise SystemExit(f"{path} exists. Go on with --resume, or choose another folder with --out.")
     elif first.resume:
-        print(f"note: --resume: there is no {path} yet; starting from the beginning, with this command's flags")
-    if first.quick and not state:
-        parser.set_defaults(**quick)
+        print(f"note: --resume: there is no {path} yet; starting from the beginning")
+    parser.set_defaults(**(given or (quick if first.quick else {})))
     args = parser.parse_args(argv)
     for name in given.keys() - {"data", "diffusion", "save_every"}:                     # files may have moved
         if getattr(args, name) != given[name]:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {out} was started with "
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {out} was started with "
                              f"{given[name]}. Leave the flag out, or choose another folder with --out.")
-    args.given = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "compile", "quick")}
-    args.out = out
+    apart = ("out", "resume", "device", "compile", "quick")
+    args.given, args.out = {k: v for k, v in vars(args).items() if k not in apart}, out
     return args, state
 
 
 def check_batch(batch_size, n):
     """Exit unless a batch fits into the training set."""
     if batch_size > n:
-        raise SystemExit(f"--batch-size {batch_size}: there are {n} training images; it must be from 1 to {n}.")
+        raise SystemExit(f"--batch-size {batch_size}: there are {n} training images; take from 1 to {n}.")
 
 
 class Log:
@@ -986,7 +971,7 @@ class Log:
         self.path, self.stage, self.start, self.steps = Path(out) / "log.jsonl", stage, step, steps
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]   # a last line may be torn
+        rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # the last may be torn
         rows = [(line, row) for line, row in rows if row["stage"] != stage or row["step"] <= step]
         if len(rows) < len(lines):
             with whole(self.path) as temporary:
@@ -998,15 +983,15 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
         if show:
-            tqdm.write(f"step {step}  " + "  ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+            words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
+            tqdm.write(f"step {step}  " + "  ".join(words))
 
     def seconds(self):
         """Seconds of training so far, those before a --resume among them."""
         return round(time.perf_counter() - self.begun, 1)
 
     def estimate(self, done, loss):
-        """Called after every step: prints once how long the run will take, by the 4 steps after the first 2."""
+        """Called after every step: says once how long the run will take, by the 4 steps after the first 2."""
         if done == self.start + 2:                          # these two warm up, and compile
             loss.item()                                     # wait for the device
             self.warm = time.perf_counter()
@@ -1019,41 +1004,41 @@ class Log:
 
 
 def check_loss(values, done, lr, flag="--lr"):
-    """Exit if one of the losses of the last len(values) steps is not finite; done: steps so far; flag: lr's."""
+    """Exit if one of the losses of the last len(values) steps is not finite. done: steps so far."""
     for i, value in enumerate(values):
         if not math.isfinite(value):
-            raise SystemExit(f"the loss is {value} at step {done - len(values) + i + 1} (learning rate {lr:.3g}); "
-                             f"last finite value {values[i - 1] if i else 'before the last report'}. "
-                             f"Try a smaller {flag}.")
+            last = values[i - 1] if i else "before the last report"
+            raise SystemExit(f"the loss is {value} at step {done - len(values) + i + 1} (rate {lr:.3g}; "
+                             f"last finite value {last}). Try a smaller {flag}.")
 
 
 def check_weights(model, done, lr):
     """Exit if a weight is not finite: asked before a checkpoint is written over an older one."""
     if not all(v.isfinite().all() for v in model.state_dict().values()):
-        raise SystemExit(f"a weight is not finite after step {done} (learning rate {lr:.3g}). Try a smaller --lr.")
+        raise SystemExit(f"a weight is not finite after step {done} (rate {lr:.3g}). Try a smaller --lr.")
 
 
-def save_grid(path, rows, captions, scale=1, names=None):
-    """Write rows of images ((C, H, H) float in [0, 1], None for a gap) as a PNG, a caption a column, a name a row."""
+def save_grid(path, rows, captions, scale=1, names=()):
+    """Write rows of images (C, H, H) in [0, 1], None for a gap, as a PNG with captions and names of rows."""
     H = max(image.shape[-1] for row in rows for image in row if image is not None)
     blank = torch.ones(3, H, H)
     tiles = [blank if image is None else image.expand(3, -1, -1).cpu() for row in rows for image in row]
-    grid = make_grid(F.interpolate(torch.stack(tiles), scale_factor=scale), len(rows[0]), padding=2, pad_value=1)
-    pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()                # (height, width, 3)
-    left = 160 if names else 0
-    picture = Image.new("RGB", (left + pixels.shape[1], 16 + pixels.shape[0]), "white")
-    picture.paste(Image.fromarray(pixels), (left, 16))
+    tiles = F.interpolate(torch.stack(tiles), scale_factor=scale)
+    grid = (make_grid(tiles, len(rows[0]), padding=2, pad_value=1) * 255).round().to(torch.uint8)
+    left, side = 160 if names else 0, H * scale + 2
+    picture = Image.new("RGB", (left + grid.shape[2], 16 + grid.shape[1]), "white")
+    picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (left, 16))
     draw = ImageDraw.Draw(picture)
     for i, caption in enumerate(captions):
-        draw.text((left + 4 + i * (H * scale + 2), 2), caption, fill="black")
-    for i, name in enumerate(names or []):
-        draw.text((4, 16 + i * (H * scale + 2) + H * scale // 2 - 6), name, fill="black")
+        draw.text((left + 4 + i * side, 2), caption, fill="black")
+    for i, name in enumerate(names):
+        draw.text((4, 10 + i * side + side // 2), name, fill="black")
     with whole(path) as temporary:
         picture.save(temporary, format="PNG")
 
 
 def run(main, advice="a training run goes on from its last checkpoint with --resume"):
-    """Call main(); end a Ctrl-C, a SIGTERM and errors of the file system with one sentence, not a traceback."""
+    """Call main(); end a Ctrl-C, a SIGTERM and errors of the file system with a sentence, not a traceback."""
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 

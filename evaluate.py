@@ -1,13 +1,12 @@
-"""Stage 3: score the test images of one or several runs by CSI's rule (DIA Sec. 3.3). Higher means more anomalous.
+"""Stage 3: score the test images of one or several runs by CSI's rule (DIA Sec. 3.3). Higher: more anomalous.
 
     python evaluate.py                                              # runs/elpv
     python evaluate.py --out runs/elpv runs/elpv-s1 runs/elpv-s2    # each run, and mean +- sd
 
-Writes into each run's folder scores.csv (a row an image), metrics.json, examples.png, and stats.pt (what the score
-needs of the training images). The last line on stdout is `auroc 0.xxxx`, the mean over the runs.
+Writes into each run's folder scores.csv (a row an image), metrics.json, examples.png, and stats.pt (what the
+score needs of the training images). The last line on stdout is `auroc 0.xxxx`, the mean over the runs.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -22,17 +21,18 @@ from scipy.stats import bootstrap, mannwhitneyu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_lib import (
-    Encoder, K, Log, csi_fit, csi_parts, data_name, embed, found, load_checkpoint, load_data, load_encoder, number,
-    pick_device, run, save_checkpoint, save_grid, sha256_of, shared_flags, to_float, whole,
+    Encoder, K, Log, csi_fit, csi_parts, data_name, embed, found, load_checkpoint, load_data, load_encoder,
+    make_parser, number, pick_device, run, save_checkpoint, save_grid, sha256_of, shared_flags, to_float,
+    whole,
 )
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     shared_flags(parser, data=None)
     parser.add_argument("--out", nargs="+", metavar="RUN", help="folders of runs (default: runs/<data>)")
     parser.add_argument("--passes", type=number(), default=10, help="test-time passes averaged (default: 10)")
-    parser.add_argument("--batch-size", type=number(), default=96, help="images a step, before shifts (default: 96)")
+    parser.add_argument("--batch-size", type=number(), default=96, help="images a step (default: 96)")
     args = parser.parse_args(argv)
     args.out = args.out or [f"runs/{data_name(args.data or 'elpv')}"]
     return args
@@ -57,7 +57,8 @@ def training_stats(out, state, encoder, data, passes, device, batch=96):
                 return stats
         except SystemExit:
             pass                                                            # a broken one is made again
-    stats = csi_fit(*embed(encoder, data.train, state["settings"]["shift"], passes, device, batch, "training images"))
+    shift = state["settings"]["shift"]
+    stats = csi_fit(*embed(encoder, data.train, shift, passes, device, batch, "training images"))
     save_checkpoint(path, "stats", key, stats)
     return stats
 
@@ -88,7 +89,7 @@ def within_groups(labels, scores, groups):
 
 
 def measure(labels, scores, groups):
-    """What any method's scores (Q,) of labelled test images come to. labels (Q,), 1 = anomaly; groups: Q names."""
+    """What scores (Q,) of labelled test images come to. labels: (Q,), 1 = anomaly; groups: Q names."""
     auroc, interval = auroc_interval(labels, scores)
     within = within_groups(labels, scores, groups)
     return {"auroc": auroc, "auroc_interval_95": interval,
@@ -100,7 +101,7 @@ def measure(labels, scores, groups):
 def tell(metrics):
     """Print what `measure` found."""
     interval = metrics["auroc_interval_95"]
-    spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few images for an interval"
+    spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few for an interval"
     print(f"  AUROC {metrics['auroc']:.4f}  ({spread})  average precision {metrics['average_precision']:.4f}")
     if metrics["within_group_auroc"]:
         print("  within group: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["within_group_auroc"].items())
@@ -109,7 +110,7 @@ def tell(metrics):
 
 def floors(data, settings, device, batch):
     """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
-    def flat(images):                              # at 32 px, divided by the mean: (n, 1024); the mean (n, 1)
+    def flat(images):                       # at 32 px, divided by the mean (n, 1024), and the mean (n,)
         small = torch.cat([F.interpolate(to_float(chunk, 1, "cpu"), (32, 32), mode="bilinear", antialias=True)
                            for chunk in images.split(256)]).flatten(1)
         return small / small.mean(1, keepdim=True).clamp(min=1e-6), small.mean(1)
@@ -133,8 +134,9 @@ def examples(path, data, scores):
     for name, label in (("anomalies", 1), ("normals", 0)):
         mine = order[data.labels[order] == label]
         rows |= {f"{name}, highest scores": mine[:8], f"{name}, lowest": mine[-8:]}
-    tiles = [[to_float(data.test[i:i + 1], data.test.shape[1], "cpu")[0] for i in row.tolist()] for row in rows.values()]
-    save_grid(path, tiles, [""] * 8, max(1, 128 // size), list(rows))
+    tiles = [list(data.test[row].float() / 255) for row in rows.values()]
+    tiles = [row + [None] * (8 - len(row)) for row in tiles]                # fewer than 8 images of a kind
+    save_grid(path, tiles, [], max(1, 128 // size), list(rows))
 
 
 def evaluate(out, args, device):
@@ -145,14 +147,15 @@ def evaluate(out, args, device):
     data = data_of(s, out, data=args.data, normal_class=args.normal_class)
     labels = data.labels.numpy()
     if len(set(labels)) != 2:
-        raise SystemExit(f"{data.name}: all {len(labels)} test images are {'anomalies' if labels.all() else 'normal'}; "
-                         "an AUROC needs both normal and anomalous test images.")
-    print(f"{out}, dissolve {s['dissolve']}, seed {s['seed']}, step {state['step']} of {s['steps']}; {found(data)}",
-          flush=True)
+        kind = "anomalies" if labels.all() else "normal"
+        raise SystemExit(f"{data.name}: all {len(labels)} test images are {kind}; an AUROC needs both "
+                         "normal and anomalous test images.")
+    print(f"{out}, dissolve {s['dissolve']}, seed {s['seed']}, step {state['step']} of {s['steps']}; "
+          f"{found(data)}", flush=True)
 
     stats = training_stats(out, state, encoder, data, args.passes, device, args.batch_size)
     z, logits = embed(encoder, data.test, s["shift"], args.passes, device, args.batch_size, "test images")
-    parts = {name: part.numpy() for name, part in csi_parts(stats, z, logits).items()}  # {csi, con, cls, cos, norm}
+    parts = {name: part.numpy() for name, part in csi_parts(stats, z, logits).items()}    # csi, con, cls, ...
     metrics = {"score": "csi", **measure(labels, parts["csi"], data.groups),
                "parts_auroc": {name: float(roc_auc_score(labels, part)) for name, part in parts.items()},
                "floors_auroc": floors(data, s, device, args.batch_size),
@@ -169,7 +172,7 @@ def evaluate(out, args, device):
     print("  parts: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["parts_auroc"].items()))
     for name, floor in metrics["floors_auroc"].items():
         print(f"  floor: {name} {floor:.3f}{'' if floor < metrics['auroc'] else '  <- not beaten'}")
-    print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s", flush=True)
+    print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s")
     return metrics
 
 
@@ -178,8 +181,8 @@ def main():
     device = pick_device(args.device)
     values = [evaluate(Path(out), args, device)["auroc"] for out in args.out]
     if len(values) > 1:
-        print(f"{len(values)} runs: AUROC {', '.join(f'{v:.4f}' for v in values)}; mean {statistics.fmean(values):.4f} "
-              f"+- {statistics.stdev(values):.4f}")
+        print(f"{len(values)} runs: AUROC {', '.join(f'{v:.4f}' for v in values)}; mean "
+              f"{statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f}")
     print(f"auroc {statistics.fmean(values):.4f}")
 
 

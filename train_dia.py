@@ -7,7 +7,6 @@
 Needs the diffusion.pt of train_diffusion.py. Writes OUT/dia.pt and OUT/log.jsonl.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -16,9 +15,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dia_lib import (
-    Encoder, K, Log, batch_indices, autocast, check_batch, check_loss, check_weights, contrastive_loss,
-    dissolve_view, draw_step, embed, flip, found, load_checkpoint, load_data, load_unet, make_views, number,
-    parse_training, pick_device, precision, run, save_checkpoint, send, sha256_of, to_float, training_flags,
+    Encoder, K, Log, autocast, batch_indices, check_batch, check_loss, check_weights, contrastive_loss,
+    dissolve_view, draw_step, embed, flip, found, load_checkpoint, load_data, load_unet, make_parser,
+    make_views, number, parse_training, pick_device, precision, run, save_checkpoint, send, sha256_of,
+    to_float, training_flags,
 )
 
 QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw")
@@ -26,18 +26,20 @@ MODES = ["diffusion", "gaussian", "median", "resize", "copy", "none"]
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.set_defaults(crop_min=0.08, optimizer="lars")                # the paper's; --quick has others
     training_flags(parser, "1000 epochs of at most 201", 32, "LARS 1.0; with --quick AdamW 1e-3")
     parser.add_argument("--image-size", type=number(low=8, multiple=2),
                         help="pixels (default: 224, an npz file's own if smaller)")
-    parser.add_argument("--diffusion", metavar="PATH", help="stage 1's checkpoint (default: OUT/diffusion.pt); without "
-                        "diffusion it tells the pixels at which the third view is made (default: 32)")
+    parser.add_argument("--diffusion", metavar="PATH",
+                        help="stage 1's checkpoint (default: OUT/diffusion.pt); "
+                        "other third views take its size (default: 32)")
     parser.add_argument("--dissolve", choices=MODES, default="diffusion",
                         help="how the third view is made; none is CSI (default: diffusion)")
     parser.add_argument("--t-range", type=number(low=0, high=1000), nargs=2, metavar=("A", "B"),
                         help="t is drawn from [A, B) for each image (default: 30 130, Sec. 4.1)")
-    parser.add_argument("--shift", choices=["rotate", "perm"], help="shifting transformation (default: rotate; elpv: perm)")
+    parser.add_argument("--shift", choices=["rotate", "perm"],
+                        help="shifting transformation (default: rotate; elpv: perm)")
     parser.add_argument("--twins", choices=["negative", "excluded"], default="negative",
                         help="an image's own dissolved view in the loss's denominator (default: negative)")
     parser.add_argument("--gamma", type=number(float, low=0), default=1.0,
@@ -91,17 +93,18 @@ def readable(z, logits, labels, views):
     same_shift = (v[0] @ v[1].T).view(K, N // K, K, N // K).diagonal(dim1=0, dim2=2)        # (B, B, K)
     own = same_shift.diagonal(dim1=0, dim2=1)                                   # (K, B)
     other = (same_shift.sum() - own.sum()) / max(1, same_shift.numel() - own.numel())
-    row = {"shift_acc": (logits.argmax(1) == labels).float().mean(), "sim_positive": own.mean(), "sim_other": other}
+    row = {"shift_acc": (logits.argmax(1) == labels).float().mean(),
+           "sim_positive": own.mean(), "sim_other": other}
     if views == 3:
         row["sim_twin"] = (v[0] * v[2]).sum(1).mean()                        # an image and its dissolved self
     return {k: v.item() for k, v in row.items()}
 
 
 def held_out(encoder, held, shift, device):
-    """Accuracy of the shift classifier on held-out normals (n, C, H, W) uint8. Exits if embeddings are not finite."""
+    """The shift classifier's accuracy on held-out normals (n, C, H, W) uint8; exits if z is not finite."""
     z, logits = embed(encoder, held, shift, 1, device)
     if not z.isfinite().all():
-        raise SystemExit("the embeddings of held-out images are not finite: training diverged. Try a smaller --lr.")
+        raise SystemExit("the embeddings of held-out images are not finite. Try a smaller --lr.")
     return {"shift_acc_held": (logits.argmax(2) == torch.arange(K)).float().mean().item()}
 
 
@@ -111,10 +114,11 @@ def load_stage1(args, data, state):
     stage1, digest = load_checkpoint(path, "diffusion", "cpu"), sha256_of(path)
     s = stage1["settings"]
     if s["fingerprint"] != data.fingerprint:
-        raise SystemExit(f"{path} was trained on other images than these ({s['data']}, --holdout {s['holdout']}): "
-                         "use the same --data and --holdout in both stages.")
+        raise SystemExit(f"{path} was trained on other images than these ({s['data']}, --holdout "
+                         f"{s['holdout']}): use the same --data and --holdout in both stages.")
     if state and state["settings"]["diffusion_sha256"] != digest:
-        raise SystemExit(f"--resume: {path} is not the stage 1 that this run was started with; name it by --diffusion.")
+        raise SystemExit(f"--resume: {path} is not the stage 1 that this run was started with; name it by "
+                         "--diffusion.")
     if stage1["step"] < s["steps"]:
         print(f"note: {path} stopped at step {stage1['step']} of {s['steps']}")
     return stage1, {"dissolve_size": s["dissolve_size"], "diffusion": str(path), "diffusion_sha256": digest,
@@ -132,7 +136,8 @@ def main():
     if size % 2:
         raise SystemExit(f"--image-size {size}: the shifts need an even number; use {size - 1}.")
     if state and state["settings"]["fingerprint"] != data.fingerprint:
-        raise SystemExit(f"--resume: {args.out}/dia.pt was trained on other images than --data {args.data} has now.")
+        raise SystemExit(f"--resume: {args.out}/dia.pt was trained on other images than --data {args.data} "
+                         "has now.")
     args.image_size, args.shift = size, args.shift or data.defaults["shift"]
     args.t_range = args.t_range or list(data.defaults["t_range"])
     args.lr = args.lr or {"lars": 1.0, "adamw": 1e-3}[args.optimizer]
@@ -171,14 +176,16 @@ def main():
     forward, unet = (torch.compile(encoder), unet and torch.compile(unet)) if compiled else (encoder, unet)
     log = Log(args.out, "dia", start, args.steps)
     settings = {k: getattr(args, k) for k in args.given}
-    settings |= {"given": args.given, "channels": channels, "stem": stem, "fingerprint": data.fingerprint, **known}
-    print(f"stage 2, {found(data)}\ndissolve {args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), shift "
-          f"{args.shift}; batches of {args.batch_size} x {K} shifts x {views} views, {args.steps} steps, "
+    settings |= {"given": args.given, "channels": channels, "stem": stem, **known}
+    settings["fingerprint"] = data.fingerprint
+    print(f"stage 2, {found(data)}\ndissolve {args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), "
+          f"shift {args.shift}; batches of {args.batch_size} x {K} shifts x {views} views, {args.steps} steps, "
           f"{args.optimizer} lr {args.lr:g}, seed {args.seed}; {precision(device)}", flush=True)
 
     # Train
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)        # (V*K*B,)
-    report, every = max(1, min(100, args.steps // 20)), args.save_every or max(1, min(2000, args.steps // 4))
+    report = max(1, min(100, args.steps // 20))
+    every = args.save_every or max(1, min(2000, args.steps // 4))
     running = []
     bar = tqdm(range(start, args.steps), "stage 2", args.steps, initial=start, unit="image",
                unit_scale=args.batch_size, disable=None)
@@ -215,13 +222,14 @@ def main():
                 check_weights(encoder, done, lr)
                 held = data.held[~data.calibration][:512]                  # the other half is never looked at
                 row |= held_out(encoder, held, args.shift, device) if len(held) else {}
-            log(done, loss=sum(losses) / len(losses), contrastive=sum(contrasts) / len(contrasts), **row, lr=lr,
-                seconds=log.seconds())
+            log(done, loss=sum(losses) / len(losses), contrastive=sum(contrasts) / len(contrasts), **row,
+                lr=lr, seconds=log.seconds())
         if saving:
             result = {"step": done, "encoder": encoder.state_dict()}
             if args.save_every:
                 save_checkpoint(args.out / f"step-{done}/dia.pt", "dia", settings, result)
-            save_checkpoint(args.out / "dia.pt", "dia", settings, {**result, "optimizer": optimizer.state_dict()})
+            result["optimizer"] = optimizer.state_dict()
+            save_checkpoint(args.out / "dia.pt", "dia", settings, result)
     print(f"stage 2 done: {args.out}/dia.pt")
 
 

@@ -6,32 +6,31 @@
 Writes OUT/diffusion.pt (UNet, its EMA, optimizer), OUT/dissolving.png (the paper's Fig. 1), OUT/log.jsonl.
 """
 
-import argparse
-
 import torch
 from torch.nn.functional import l1_loss
 from tqdm import tqdm
 
 from dia_lib import (
-    Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights, dissolve, flip, found,
-    load_data, number, pad_to, parse_training, pick_device, precision, q_sample, run, save_checkpoint, save_grid,
-    send, step_generator, to_01, to_float, to_pm1, training_flags, update_ema,
+    Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights, dissolve, flip,
+    found, load_data, make_parser, number, pad_to, parse_training, pick_device, precision, q_sample, run,
+    save_checkpoint, save_grid, send, step_generator, to_01, to_float, to_pm1, training_flags, update_ema,
 )
 
 QUICK = dict(dim=32, steps=400, batch_size=16, lr=1e-3)
 BINS = [(0, 30), (30, 130), (130, 300), (300, 1000)]        # of t, for the held-out loss
-ZERO = 0.798                                               # E|eps|, the L1 loss of predicting no noise at all
+ZERO = 0.798                                               # E|eps|, the L1 loss of predicting no noise
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.set_defaults(steps=25000, lr=8e-5)
     training_flags(parser, steps=25000, batch_size=64, lr="8e-5")
     parser.add_argument("--dissolve-size", type=number(low=8, multiple=8), default=32,
                         help="pixels at which images are dissolved (default: 32, Sec. 4.1)")
     parser.add_argument("--dim", type=number(low=8, multiple=8), default=64,
                         help="channels of the UNet's first stage (default: 64)")
-    parser.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="noise (default: cosine)")
+    parser.add_argument("--schedule", choices=["cosine", "linear"], default="cosine",
+                        help="noise (default: cosine)")
     parser.add_argument("--fraction", type=number(float, above=0, high=1), default=1.0,
                         help="share of the normals used (Table 3; default: 1)")
     return parse_training(parser, "diffusion", QUICK, argv)
@@ -39,7 +38,7 @@ def arguments(argv=None):
 
 @torch.no_grad()
 def held_out_losses(unet, held, abar):
-    """L1 loss at fixed noise and fixed t in each bin, 4 values of t an image. held: (n, C, H, W) in [-1, 1]."""
+    """{bin: L1 loss} at fixed noise and t, 4 values of t an image. held: (n, C, H, W) in [-1, 1]."""
     losses = {}
     for i, (low, high) in enumerate(BINS):
         generator, total = step_generator("cpu", 0, "held-out noise", i), 0.0
@@ -56,19 +55,21 @@ def held_out_losses(unet, held, abar):
 
 def change(unet, x, abar):
     """Grey levels (of 255) by which dissolving at t = 30, 50, ... 110 changes each image of x, (n,)."""
-    return torch.cat([torch.stack([
-        (dissolve(unet, xb, torch.full((len(xb),), t, device=x.device), abar) - xb).abs().mean((1, 2, 3))  # (b,)
-        for t in range(30, 130, 20)]).mean(0) for xb in x.split(64)]) * 127.5
+    def one(x, t):
+        x_hat = dissolve(unet, x, torch.full((len(x),), t, device=x.device), abar)
+        return (x_hat - x).abs().mean((1, 2, 3)) * 127.5                                        # (b,)
+
+    return torch.cat([sum(one(xb, t) for t in range(30, 130, 20)) / 5 for xb in x.split(64)])
 
 
 def memorised(unet, train, held, abar, log, step):
-    """Has the model memorised its training images? Then it no longer dissolves them. Says so, logs both changes."""
+    """Has the model memorised its training images? Then it no longer dissolves them: said, and logged."""
     on_train, on_held = change(unet, train, abar), change(unet, held, abar)
     log(step, change_train=on_train.mean().item(), change_held=on_held.mean().item())
     noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt()         # of the difference
     if on_train.mean() < on_held.mean() - 2 * noise:
-        tqdm.write("dissolving changes training images less than held-out ones: the model has begun to memorise "
-                   "them, so stage 1 is too long; use fewer --steps")
+        tqdm.write("dissolving changes training images less than held-out ones: the model has begun to "
+                   "memorise them, so stage 1 is too long; use fewer --steps")
 
 
 def picture(path, unet, train, held, abar):
@@ -89,8 +90,8 @@ def main():
     n, channels = max(1, round(len(data.train) * args.fraction)), data.train.shape[1]
     check_batch(args.batch_size, n)
     if state and state["settings"]["fingerprint"] != data.fingerprint:
-        raise SystemExit(f"--resume: {args.out}/diffusion.pt was trained on other images than --data {args.data} "
-                         "has now.")
+        raise SystemExit(f"--resume: {args.out}/diffusion.pt was trained on other images than --data "
+                         f"{args.data} has now.")
 
     def prepare(images):                                    # (B, C, h, h) uint8 -> (B, C, H, H) in [-1, 1]
         return to_pm1(pad_to(to_float(images, channels, device), args.dissolve_size))
@@ -122,8 +123,8 @@ def main():
     settings = {k: getattr(args, k) for k in args.given}
     settings |= {"given": args.given, "channels": channels, "fingerprint": data.fingerprint}
     print(f"stage 1, {found(data)}\nUNet {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters; "
-          f"{n} images in batches of {args.batch_size}, {args.steps} steps, lr {args.lr:g}, seed {args.seed}; "
-          f"{precision(device)}", flush=True)
+          f"{n} images in batches of {args.batch_size}, {args.steps} steps, lr {args.lr:g}, seed "
+          f"{args.seed}; {precision(device)}", flush=True)
 
     # Train
     every = args.save_every or max(1, min(2500, args.steps // 4))      # steps between reports and checkpoints

@@ -1,38 +1,139 @@
 """The study's tables and plots, from the csv files in this folder alone: no number in them is typed by hand.
 
-    python -m study.results                 # rewrites the tables; draws the plots, if matplotlib is installed
+    python -m study.results                     # rewrites the tables; draws the plots, if matplotlib is installed
+    python -m study.results runs/elpv ...       # first adds runs that evaluate.py has scored; a run there is replaced
 
-What stands between `<!-- study: NAME -->` and `<!-- end -->` in README.md, here and above, is replaced. results.csv and
-results-scores.csv are written by evaluate.py --results, probe.csv by study/probe.py. Runs are grouped by their settings, stage
-1's aside.
+What stands between `<!-- study: NAME -->` and `<!-- end -->` in README.md here is replaced. probe.csv was written by
+study/probe.py. Runs are grouped by their settings, stage 1's aside. A run's figures by `local` are taken from what
+`python -m extras.predict RUN --test` found, those on synthetic defects from what `python -m extras.choose RUN` did.
 """
 
+import argparse
 import csv
+import json
+import os
 import re
 import statistics
+import subprocess
 from pathlib import Path
 
 import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from dia_lib import SCORES
-from train_dia import MODES
+import train_dia
+from dia_lib import data_name, pick_device, run
+from evaluate import within_groups
+from extras.report import insert, markdown, mean_minutes, processor, put, spread
 
 HERE = Path(__file__).parent
-README, DETAILS = HERE.parent / "README.md", HERE / "README.md"
+SCORES = ("csi", "cos", "local")         # of the tables, and what extras.choose calls them on synthetic defects:
+VALIDATION = {"csi": "val_auroc", "cos": "val_cos", "local": "val_local"}
+MODES = ["diffusion", "residual", "gaussian", "median", "resize", "copy", "none"]   # residual: of old rows alone
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)", "none, as long": "CSI for as many seconds"}
 TABLED = [*MODES, "none, as long"]       # the lines of a table
 PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"), ("diffusion", "copy"),
          ("resize", "none"), ("residual", "none"), ("residual", "copy"), ("gaussian", "none"), ("median", "none"),
          ("gaussian", "diffusion"), ("median", "diffusion")]
-USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run of the study has
-SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"           # the settings of the plots
-SUMMARY = {"400 steps, weight 1,000": SHOWN, "the same, nothing resized": "400 steps, dissolve_size=64, twin_weight=1000.0",
+USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}   # what every run of the study has
+SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"       # the settings of the plots
+SUMMARY = {"400 steps, weight 1,000": SHOWN,
+           "the same, nothing resized": "400 steps, dissolve_size=64, twin_weight=1000.0",
            "the same, 96 px": "400 steps, image_size=96, twin_weight=1000.0", "2,000 steps, weight 1": LONGER}
 AS_LONG = {SHOWN: "620 steps"}          # CSI with as many seconds as DIA at that setting, not as many steps
 USED_BY = {"twin_weight": {*MODES} - {"none"}, "dissolve_size": {*MODES} - {"none", "copy"}, "gain": {"residual"},
-           "t_range": {"diffusion", "residual"}}                                    # flags that do nothing in other modes
-PROCESSOR = "AMD EPYC"                  # that minutes are of, where no other is named
+           "t_range": {"diffusion", "residual"}, "twins": {*MODES} - {"none"}}  # flags that do nothing elsewhere
+APART = {"data", "seed", "diffusion", "dissolve", "save_every"}     # flags with columns of their own, or no effect
 SEEDS = range(10)                       # for reporting; choices are made with others
+
+csv.field_size_limit(2 ** 31 - 1)       # a row of results-scores.csv has the scores of all test images
+
+
+def code_version():
+    """The commit this code is at, with a + if *.py files differ from it; "" where that can't be told."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(Path(__file__).parents[1]), *words], capture_output=True, text=True,
+                              timeout=10, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "--short=7", "HEAD").strip() + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def run_key(settings, step):
+    """What tells a run from others in a table: data, dissolve, settings other than the paper's, seed, steps.
+
+    settings: those in its dia.pt; step: that of its weights.
+    """
+    s, mode = settings, settings["dissolve"]
+    paper = train_dia.arguments(["--out", os.devnull])[0].given                     # where no run can be
+    idle = APART | {flag for flag, modes in USED_BY.items() if mode not in modes}
+    words = {k: v for k, v in s["given"].items() if v != paper[k] and k not in idle}
+    words["steps"] = s["steps"]
+    if mode in USED_BY["dissolve_size"] and s["dissolve_size"] != 32:
+        words["dissolve_size"] = s["dissolve_size"]
+    # since commit ff45be6 other normals are held out and other random numbers drawn: not to be mixed with older rows
+    words["draws"] = 2
+    if mode == "diffusion":
+        words |= {f"stage1_{k}": v for k, v in s["stage1"].items() if k not in ("holdout", "normal_class")
+                  and (k, v) != ("seed", s["seed"])}
+    text = " ".join(f"{k}={'-'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in words.items())
+    return {"data": data_name(s["data"]), "dissolve": mode, "settings": text, "seed": s["seed"], "steps": step}
+
+
+def add(out, chip):
+    """Add a run that evaluate.py has scored to the two tables, a row a score; a run there already is replaced.
+
+    out: its folder, or a step-N in it; chip: the processor it was trained on. Floors get rows of their own.
+    """
+    for name in ("metrics.json", "scores.csv"):
+        if not (out / name).is_file():
+            raise SystemExit(f"{out} has no {name}: run python evaluate.py --out {out} first.")
+    metrics = json.loads((out / "metrics.json").read_text())
+    s = metrics["settings"]
+    if metrics.get("score") != "csi" or s.get("format") != 2:
+        raise SystemExit(f"{out}/metrics.json is not of this version's evaluate.py: run it on that folder again.")
+    with open(out / "scores.csv", newline="") as file:
+        images = list(csv.DictReader(file))
+    labels, groups = np.array([int(i["label"]) for i in images]), [i["group"] for i in images]
+    log = [json.loads(line) for folder in (out.parent, out) if folder == out or out.name == f"step-{metrics['step']}"
+           for line in ((folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").is_file() else ())]
+    seconds = [r["seconds"] for r in log if r["stage"] == "dia" and r["step"] <= metrics["step"] and "seconds" in r]
+    chosen = [r for r in log if r["stage"] == "choose" and r["step"] == metrics["step"]]
+
+    key = run_key(s, metrics["step"])
+    blank = dict.fromkeys(key, "")
+    rows, each = [], [{**blank, "data": key["data"], "score": "labels", "values": " ".join(map(str, labels))}]
+    for score, column in (("csi", "score"), ("cos", "cos")):
+        values = np.array([float(i[column]) for i in images])
+        within = within_groups(labels, values, groups)
+        rows.append({**key, "score": score, "minutes": seconds[-1] / 60 if seconds else None, "val_auroc": None,
+                     "auroc": roc_auc_score(labels, values), "ap": average_precision_score(labels, values),
+                     "within_group_auroc": statistics.fmean(within.values()) if within else None,
+                     "commit": code_version(), "processor": chip})
+        each.append({**key, "score": score, "values": " ".join(f"{v:.7g}" for v in values)})
+    if (out / "decisions.json").is_file():
+        found = json.loads((out / "decisions.json").read_text())
+        if abs(found["csi"]["auroc"] - rows[0]["auroc"]) > 1e-3:
+            raise SystemExit(f"{out}/decisions.json is of other weights, or --passes, than scores.csv: run python -m "
+                             f"extras.predict {out} --test again.")
+        rows.append({**rows[0], "score": "local", "auroc": found["local"]["auroc"], "ap": None,
+                     "within_group_auroc": None})
+    for row in rows:
+        row["val_auroc"] = chosen[-1][VALIDATION[row["score"]]] if chosen else None
+    for name, value in metrics["floors_auroc"].items():
+        mine = {"seed": s["seed"], "score": "csi"} if "untrained" in name else {}
+        rows.append({**dict.fromkeys(rows[0], ""), "data": key["data"], "dissolve": f"floor: {name}", "steps": 0,
+                     "settings": f"image_size={s['image_size']} holdout={s['holdout']} draws=2", "auroc": value, **mine})
+    rows = [{k: "" if v is None else f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+
+    table = HERE / "results-scores.csv"
+    known = read_scores(table, key["data"]).get("labels", labels) if table.exists() else labels
+    if not np.array_equal(known, labels):
+        raise SystemExit(f"{out} was scored on other test images than the runs on {key['data']} in {table}.")
+    insert(HERE / "results.csv", rows, [*key, "score"])
+    insert(table, each, [*key, "score"])
 
 
 def describe(settings):
@@ -45,7 +146,7 @@ def describe(settings):
 
 
 def as_run(setting, mode):
-    """The setting that runs of a mode have where the others have `setting`: some have no twin to weigh, or no dissolve_size."""
+    """The setting that runs of a mode have where the others have `setting`: some have no twin, or no dissolve_size."""
     if mode == "none, as long":
         return AS_LONG.get(setting, "")
     idle = "|".join(flag for flag, modes in USED_BY.items() if mode not in modes)
@@ -63,42 +164,15 @@ def is_tested(row):
 
 
 def read(path, data="elpv"):
-    """The rows of results.csv on one data set but the floors: seed, steps int, figures float or None, `setting`, `last`."""
+    """The rows of results.csv on one data set but the floors: seed, steps int, figures float or None; setting, last."""
     with open(path, newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["data"] == data and not r["dissolve"].startswith("floor")]
     for row in rows:
         row["setting"] = describe(row["settings"])
         row["last"] = is_last(row)
         row |= {k: int(row[k]) for k in ("seed", "steps")}
-        row |= {k: float(row[k]) if row[k] else None
-                for k in ("minutes", "val_auroc", "auroc", "ap", "within_group_auroc")}
+        row |= {k: float(row[k]) if row[k] else None for k in ("minutes", "val_auroc", "auroc", "within_group_auroc")}
     return rows
-
-
-def spread(values):
-    """"0.704 ± 0.018" of several values, "0.704" of one, "" of none."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return ""
-    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def mean_minutes(values):
-    """"42.6" of several (minutes, processor); "42.6, 27.0 (Intel Xeon)" where they were measured on two.
-
-    None, the minutes of a run that was paused, does not count; "" of none.
-    """
-    each = {}
-    for minutes, processor in values:
-        if minutes is not None:
-            named = processor and not processor.startswith(PROCESSOR)
-            each.setdefault(f" ({processor})" if named else "", []).append(minutes)
-    return ", ".join(f"{statistics.fmean(minutes):.1f}{name}" for name, minutes in sorted(each.items()))
-
-
-def markdown(header, rows):
-    """A Markdown table of strings."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def tested(rows, mode, setting, score):
@@ -131,19 +205,20 @@ def contrast(rows, setting):
             each = [", ".join(f"{by[s]['auroc']:.3f}" for s in sorted(by)) for by in runs]
             means = [spread(r["auroc"] for r in by.values()) for by in runs]
             table.append([NAMES.get(mode, f"`{mode}`"), ", ".join(map(str, sorted(runs[0]))),
-                          *(f"**{mean}** ({values})" for mean, values in zip(means, each, strict=True)),
+                          *(values and f"**{mean}** ({values})" for mean, values in zip(means, each, strict=True)),
                           spread(r["within_group_auroc"] for r in runs[-1].values()),
                           " / ".join(spread(r["val_auroc"] for r in by.values()).split(" ")[0] for by in runs),
                           mean_minutes((r["minutes"], r["processor"]) for r in runs[0].values())])
-    return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES), f"within mono and poly, `{SCORES[-1]}`",
+    return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES),
+                     f"within mono and poly, `{SCORES[-1]}`",
                      "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
 
 
 def summary(rows):
     """The table of the settings of SUMMARY: a line for each and each score, a column a mode, the mean test AUROC."""
     modes = [m for m in MODES if any(of(rows, m, s, SCORES[0]) for s in SUMMARY.values())]
-    lines = [[name, f"`{score}`", *(spread(r["auroc"] for r in of(rows, m, s, score).values()) or "not run" for m in modes)]
-             for name, s in SUMMARY.items() for score in SCORES]
+    lines = [[name, f"`{score}`", *(spread(r["auroc"] for r in of(rows, m, s, score).values()) or "not run"
+                                    for m in modes)] for name, s in SUMMARY.items() for score in SCORES]
     return markdown(["setting", "score", *(NAMES.get(m, f"`{m}`") for m in modes)], lines)
 
 
@@ -155,7 +230,8 @@ def floors(path, data="elpv"):
             mine = row["data"] == data and row["seed"] in ("", *map(str, SEEDS))
             if mine and row["dissolve"].startswith("floor: "):
                 name = row["dissolve"].removeprefix("floor: ") + (f", `{row['score']}`" if row["score"] else "")
-                size = row["settings"].split()[0].replace("image_size=", "") + " px"
+                words = dict(word.split("=") for word in row["settings"].split())
+                size = f"{words['image_size']} px" + (f", draws={words['draws']}" if "draws" in words else "")
                 found.setdefault((name, size), []).append(float(row["auroc"]))
     return dict(sorted(found.items()))
 
@@ -163,8 +239,8 @@ def floors(path, data="elpv"):
 def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
     """Difference of mean AUROC, first - second, and its 95% percentile interval: over test images and over seeds, paired.
 
-    labels: (Q,) 0 or 1; first, second: (S, Q) scores of S runs each, of the same seeds in the same order. Images are drawn
-    anew within each label, and seeds among the S, the same for both sides. Returns (difference, low, high).
+    labels: (Q,) 0 or 1; first, second: (S, Q) scores of S runs each, of the same seeds in the same order. Images are
+    drawn anew within each label, and seeds among the S, the same for both sides. Returns (difference, low, high).
     """
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
 
@@ -183,20 +259,21 @@ def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
 
 
 def comparisons(rows, scores, setting):
-    """The paired differences of PAIRS at one setting, by each score, over the seeds of both sides."""
+    """The paired differences of PAIRS at one setting, by each score, over the seeds that both sides have scores of."""
     table = []
     for first, second in PAIRS:
-        cells = []
+        cells, paired = [], []
         for score in SCORES:
-            a, b = of(rows, first, setting, score), of(rows, second, setting, score)
+            a, b = ({seed: scores[key(row)] for seed, row in of(rows, mode, setting, score).items() if key(row) in scores}
+                    for mode in (first, second))
             seeds = sorted(set(a) & set(b))
             if seeds:
-                sides = ([scores[key(runs[s])] for s in seeds] for runs in (a, b))
-                gap, low, high = paired_bootstrap(scores["labels"], *sides)
-                cells.append(f"{gap:+.3f} ({low:+.3f} to {high:+.3f})")
-        if cells:
-            seeds = ", ".join(map(str, seeds)) + (" (images only)" if len(seeds) == 1 else "")
-            table.append([f"{first} - {second}", seeds, *cells])
+                gap, low, high = paired_bootstrap(scores["labels"], [a[s] for s in seeds], [b[s] for s in seeds])
+                paired = seeds
+            cells.append(f"{gap:+.3f} ({low:+.3f} to {high:+.3f})" if seeds else "")
+        if paired:
+            names = ", ".join(map(str, paired)) + (" (images only)" if len(paired) == 1 else "")
+            table.append([f"{first} - {second}", names, *cells])
     return markdown(["difference of AUROC, 95% interval", "seeds", *(f"`{s}`" for s in SCORES)], table)
 
 
@@ -217,19 +294,12 @@ def search(rows):
     found = {}
     for r in rows:
         if r["last"] and r["seed"] not in SEEDS and r["val_auroc"] is not None:
-            found.setdefault(r["setting"], {}).setdefault(r["dissolve"], {}).setdefault(r["score"], []).append(r["val_auroc"])
+            scores = found.setdefault(r["setting"], {}).setdefault(r["dissolve"], {})
+            scores.setdefault(r["score"], []).append(r["val_auroc"])
     modes = [m for m in MODES if any(m in by for by in found.values())]
     return markdown([" / ".join(f"`{s}`" for s in SCORES), *(f"`{m}`" for m in modes)],
-                    [[name, *(" / ".join(spread(by[m][s]) for s in SCORES) if m in by else "" for m in modes)]
+                    [[name, *(" / ".join(spread(by[m].get(s, ())) for s in SCORES) if m in by else "" for m in modes)]
                      for name, by in found.items()])
-
-
-def put(text, name, table):
-    """The text with what stands between the markers of `name` replaced by the table."""
-    pattern = re.compile(rf"(<!-- study: {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
-    if not pattern.search(text):
-        raise SystemExit(f"A README.md has no block <!-- study: {name} --> ... <!-- end -->.")
-    return pattern.sub(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text)
 
 
 def plot_contrast(path, rows, settings):
@@ -262,7 +332,7 @@ def curves(rows, mode, setting, score):
 
 
 def plot_curves(path, rows, setting):
-    """Test AUROC over steps (above) and over minutes of stage 2 (below): a line for each run, with the weights kept on the way.
+    """Test AUROC over steps (above) and over minutes of stage 2 (below): a line a run, by the weights kept on the way.
 
     A run of which only the last step was tested is a dot above and is left out below.
     """
@@ -284,7 +354,7 @@ def plot_curves(path, rows, setting):
 
 
 def plot_sensitivity(path, probes, score):
-    """AUROC of held-out normals against themselves with one dark spot: a panel a contrast, a line a mode, over the diameter."""
+    """AUROC of held-out normals against themselves with a dark spot: a panel a contrast, a line a mode, over diameter."""
     from matplotlib.figure import Figure
     cells = [name.split("_")[1:] for name in probes[0] if name.startswith(f"{score}_")]
     contrasts = sorted({c for _, c in cells}, key=float)
@@ -318,35 +388,40 @@ def similarities(probes):
     return markdown(["trained with", "seeds", *(k.removeprefix("sim_") for k in kinds)], lines)
 
 
-def pages():
-    """{path: text} of the pages with tables of the study, as the csv files have them."""
+def page():
+    """README.md with its tables as the csv files have them."""
     rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
     tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings_tested(rows))
     lowest = [[*name, str(len(values)), spread(values)] for name, values in floors(HERE / "results.csv").items()]
     tables += "\n\n" + markdown(["floor", "images", "seeds", "AUROC"], lowest)
-    details = DETAILS.read_text()
     probed = "\n\n".join(f"**{s}**\n\n{similarities(read_probes(HERE / 'probe.csv', s))}" for s in (SHOWN, LONGER))
-    for name, table in (("contrast", tables), ("search", search(rows)), ("probe", probed)):
-        details = put(details, name, table)
-    return {README: put(README.read_text(), "summary", summary(rows)), DETAILS: details}
+    text = (HERE / "README.md").read_text()
+    for name, table in (("summary", summary(rows)), ("contrast", tables), ("search", search(rows)), ("probe", probed)):
+        text = put(text, name, table)
+    return text
 
 
 def main():
-    for path, text in pages().items():
-        path.write_text(text)
-        print(f"wrote the tables in {path}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs to add")
+    parser.add_argument("--device", default="auto", help="where they were trained (default: auto)")
+    args = parser.parse_args()
+    chip = processor(pick_device(args.device))
+    for out in args.runs:
+        add(Path(out).resolve(), chip)
+    (HERE / "README.md").write_text(page())
+    print(f"added {len(args.runs)} runs; wrote the tables in {HERE / 'README.md'}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         print("no plots: they need matplotlib (pip install matplotlib)")
         return
-    rows, pictures = read(HERE / "results.csv"), README.parent / "pictures"
+    rows, pictures = read(HERE / "results.csv"), HERE.parent / "pictures"
     plot_contrast(pictures / "contrast.png", rows, {name: s for name, s in SUMMARY.items() if s in (SHOWN, LONGER)})
-    if any(r["setting"] == LONGER and not r["last"] and is_tested(r) for r in rows):
-        plot_curves(pictures / "curves.png", rows, LONGER)
+    plot_curves(pictures / "curves.png", rows, LONGER)
     plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv", SHOWN), "local")
     print(f"drew the plots in {pictures}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "nothing that was written before is lost")

@@ -1,5 +1,7 @@
 """Shared by the tests: a cache of their own, a small folder of real-looking images with a known structure, one run on it."""
 
+import contextlib
+import io
 import json
 import shutil
 import sys
@@ -18,19 +20,24 @@ import train_diffusion
 
 ROOT = Path(__file__).parent.parent
 STAGE1 = ["--steps", "4", "--batch-size", "8", "--dim", "8", "--lr", "1e-3", "--holdout", "0.3"]
-STAGE2 = ["--steps", "4", "--batch-size", "4", "--image-size", "40", "--optimizer", "adamw", "--lr", "1e-3", "--holdout", "0.3"]
+STAGE2 = ["--quick", "--steps", "4", "--batch-size", "4", "--image-size", "40", "--holdout", "0.3"]
 
 
 def call(module, *args):
-    """Run a script's main() as `python script args` would; returns None, or the sentence it ended with."""
+    """Run a script's main() as `python script args` would; returns None, or the sentence it ended with.
+
+    Where argparse ends it (exit code 2), that is the last line it wrote to stderr.
+    """
     argv, sys.argv = sys.argv, [module.__name__, *map(str, args)]
     try:
-        dia_lib.run(module.main)
+        with contextlib.redirect_stderr(io.StringIO()) as written:
+            dia_lib.run(module.main)
     except SystemExit as stop:
         assert stop.code not in (0, None)
-        return stop.code
+        return written.getvalue().strip().splitlines()[-1] if stop.code == 2 else stop.code
     finally:
         sys.argv = argv
+        sys.stderr.write(written.getvalue())
 
 
 def flat(value, prefix=""):
@@ -51,7 +58,8 @@ def log_of(out):
 def texture(rng, size, defect=False):
     """A smooth grey image; with `defect`, a dark line across it. uint8 (size, size)."""
     y, x = np.mgrid[:size, :size] / size
-    image = 140 + 40 * np.sin(6 * x + rng.uniform(0, 6)) * np.cos(5 * y + rng.uniform(0, 6)) + rng.normal(0, 4, (size, size))
+    image = 140 + 40 * np.sin(6 * x + rng.uniform(0, 6)) * np.cos(5 * y + rng.uniform(0, 6))
+    image += rng.normal(0, 4, (size, size))
     if defect:
         image[np.abs(y - x + rng.uniform(-0.2, 0.2)) < 0.06] = 20
     return image.clip(0, 255).astype(np.uint8)
@@ -59,7 +67,7 @@ def texture(rng, size, defect=False):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Decoded images go to a folder of this test session, not to the user's cache."""
+    """Downloads and feature maps go to a folder of this test session, not to the user's cache."""
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     yield

@@ -1,6 +1,7 @@
 """What the methods of this folder share: flags, labelled anomalies, patch features, metrics, heat maps."""
 
 import argparse
+import csv
 import json
 import math
 import time
@@ -13,95 +14,88 @@ from scipy import ndimage
 from sklearn.metrics import auc, f1_score, roc_auc_score, roc_curve
 from torchvision.transforms.functional import gaussian_blur
 
-from dia_data import _decode, data_name, load_data
 from dia_lib import (
-    Log,
-    check_weights,
-    load_checkpoint,
-    pick_device,
-    processor,
-    save_checkpoint,
-    save_grid,
-    send,
-    shared_flags,
-    step_generator,
-    synthetic_defects,
-    to_float,
+    Log, check_weights, data_name, decode, load_checkpoint, load_data, number, pick_device, save_checkpoint,
+    save_grid, send, shared_flags, step_generator, to_float, whole,
 )
-from evaluate import impossible, measure, p_values, tell, write, write_scores
+from evaluate import measure, tell
+from extras.choose import synthetic_defects
+from extras.predict import columns_of, decisions, impossible, p_values
+from extras.report import processor
 from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
 
 AGAIN = "the same command begins again, with the feature maps that are in the cache"
 
 
 def flags(description, layers, aggregate=None, size=256):
-    """The parser with the flags that all methods have; the others: defaults in this method, aggregate None: no such flag."""
+    """The parser with the flags of all methods. Others: their defaults; aggregate None: no such flag."""
     parser = argparse.ArgumentParser(description=description)
     parser.set_defaults(default_size=size)
     shared_flags(parser)
-    parser.add_argument("--out", help="the folder for results, which must not hold any yet (default: runs/<data>-<method>, and "
-                        "-s<seed> for a seed above 0)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws, the labelled anomalies among them (default: 0)")
-    parser.add_argument("--holdout", type=float, default=0.1, help="share of the normals set aside (default: 0.1)")
+    parser.add_argument("--out", help="the folder for results, which must not hold any yet (default: "
+                        "runs/<data>-<method>, and -s<seed> for a seed above 0)")
+    parser.add_argument("--seed", type=number(low=0, high=2 ** 32 - 1), default=0,
+                        help="seed of all draws, the labelled anomalies among them (default: 0)")
+    parser.add_argument("--holdout", type=number(float, 0, 0.9), default=0.1,
+                        help="share of the normals set aside (default: 0.1)")
     parser.add_argument("--backbone", default=LITE, help=f"{', '.join(NAMES)}, or dia:RUN (default: {LITE})")
-    parser.add_argument("--weights", metavar="FILE", help="the backbone's state dict (default: ImageNet weights are downloaded)")
-    parser.add_argument("--image-size", type=int, help=f"side in pixels the backbone sees (default: {size}; dia:RUN: as in the "
-                        "run)")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="the backbone's state dict (default: ImageNet weights are downloaded)")
+    parser.add_argument("--image-size", type=number(low=16),
+                        help=f"side in pixels the backbone sees (default: {size}; dia:RUN: as in the run)")
     parser.add_argument("--layers", type=int, nargs="+", default=layers, choices=(1, 2, 3, 4),
                         help=f"depths of the feature maps (default: {' '.join(map(str, layers))})")
     if aggregate is not None:
-        parser.add_argument("--aggregate", type=int, default=aggregate, metavar="P",
-                            help=f"side of the neighbourhood a patch is the mean of, odd (default: {aggregate})")
-    parser.add_argument("--fpr", type=float, default=0.05, help="false-positive rate of decisions (default: 0.05)")
-    parser.add_argument("--maps", action="store_true", help="write a heat map for each test image to OUT/maps")
+        parser.add_argument("--aggregate", type=number(), default=aggregate, metavar="P", help="side of the "
+                            f"neighbourhood that a patch is the mean of, odd (default: {aggregate})")
+    parser.add_argument("--fpr", type=number(float, above=0, high=0.99), default=0.05,
+                        help="false-positive rate of decisions (default: 0.05)")
+    parser.add_argument("--maps", action="store_true", help="write a heat map of each test image to OUT/maps")
     return parser
 
 
 def shots_flags(parser):
     """The flags of methods that learn from labelled anomalies; returns the parser."""
-    parser.add_argument("--shots", type=int, default=[10], nargs="+", metavar="N", help="labelled anomalies to learn from; "
-                        "several numbers: one run each, in OUT/shots-N (default: 10)")
-    parser.add_argument("--anomaly-class", metavar="GROUP", help="draw them from this group of anomalies alone, and report on "
-                        "the others (default: from all)")
+    parser.add_argument("--shots", type=int, default=[10], nargs="+", metavar="N",
+                        help="labelled anomalies to learn from; several numbers: one run each, in "
+                        "OUT/shots-N (default: 10)")
+    parser.add_argument("--anomaly-class", metavar="GROUP", help="draw them from this group of anomalies "
+                        "alone, and report on the others (default: from all)")
     return parser
 
 
 class Setting:
-    """A parsed command line, the backbone and the data: what every method starts from. Exits where something is wrong."""
+    """A parsed command line, the backbone and the data: what every method starts from."""
 
     def __init__(self, parser, method, argv=None):
         args = self.args = parser.parse_args(argv)
         self.changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
         self.method, size = method, vars(args).pop("default_size")
-        if "aggregate" in args and (args.aggregate < 1 or args.aggregate % 2 == 0):
-            raise SystemExit(f"--aggregate {args.aggregate}: needs an odd number from 1 on.")
-        if not 0 < args.fpr < 1:
-            raise SystemExit(f"--fpr {args.fpr}: needs a share between 0 and 1.")
-        if not 0 <= args.seed < 2 ** 32 or not 0 <= args.holdout < 1:
-            raise SystemExit("--seed needs a number from 0 to 4294967295, --holdout a share from 0 to below 1.")
-        if args.image_size is not None and args.image_size < 16:
-            raise SystemExit(f"--image-size {args.image_size}: needs at least 16.")
+        if "aggregate" in args and args.aggregate % 2 == 0:
+            raise SystemExit(f"--aggregate {args.aggregate}: needs an odd number.")
         args.layers = sorted(set(args.layers))
-        self.out = Path(args.out or f"runs/{data_name(args.data)}-{method}" + (f"-s{args.seed}" if args.seed else ""))
+        seed = f"-s{args.seed}" if args.seed else ""
+        self.out = Path(args.out or f"runs/{data_name(args.data)}-{method}{seed}")
         if "resume" not in args:
             refuse_results(self.out)
         self.device = pick_device(args.device)
         self.backbone = load_backbone(args.backbone, args.weights, self.device)
         self.size = args.image_size = args.image_size or self.backbone.size or size
-        self.data = load_data(args.data, self.size, ("train", "test"), args.holdout, args.normal_class, args.skip_bad_images)
+        self.data = load_data(args.data, self.size, ("train", "test"), args.holdout, args.normal_class)
         self.labels = self.data.labels.numpy()
         run = self.backbone.fingerprint
         if run and run != self.data.fingerprint:
             print(f"note: {args.backbone} was trained on other images than these {len(self.data.train)}")
         if len(set(self.labels)) != 2:
-            raise SystemExit(f"{self.data.name}: the test images are all of one kind; an AUROC needs both normal and anomalous.")
+            raise SystemExit(f"{self.data.name}: the test images are all of one kind; an AUROC needs both "
+                             "normal and anomalous.")
 
     def features(self, images, name=None):
         """Feature maps of images (n, ...) uint8 at the layers asked for; see backbones.features."""
         return features(self.backbone, images, self.args.layers, self.size, self.device, name=name)
 
     def begin(self):
-        """Feature maps of the training and of the test images; starts the clock of "seconds" when they are there."""
+        """Feature maps of the training and of the test images; then the clock of "seconds" starts."""
         train = self.features(self.data.train, "training images")
         if len(self.data.held):
             self.features(self.data.held)
@@ -110,7 +104,7 @@ class Setting:
         return train, test
 
     def patches(self, maps, rows):
-        """Patch features of some images (rows: indices or a slice), (n, P, C) float32 on the device; maps: of `features`."""
+        """Patch features of some images, (n, P, C) float32 on the device; maps, rows: as for `load`."""
         return patch_features(load(maps, rows, self.device), self.args.aggregate)
 
     def batches(self, maps):
@@ -118,18 +112,18 @@ class Setting:
         return (self.patches(maps, slice(i, i + 16)) for i in range(0, len(maps[0]), 16))
 
     def by_patches(self, patch_scores):
-        """How `finish` scores images: by their most anomalous patch. patch_scores: features (n, P, C) -> scores (n, P)."""
+        """How `finish` scores images: by their highest patch. patch_scores: (n, P, C) -> scores (n, P)."""
         @torch.no_grad()
         def score(images):
             if not len(images):
                 return torch.empty(0), torch.empty(0, 1)
-            maps = torch.cat([patch_scores(x).cpu() for x in self.batches(self.features(images))])              # (n, P)
+            maps = torch.cat([patch_scores(x).cpu() for x in self.batches(self.features(images))])    # (n, P)
             return maps.amax(1), maps
         return score
 
 
 def load(maps, rows, device):
-    """Some images' maps (rows: indices or a slice) of the arrays of `features`, float32 (n, C, h, w) on the device for each."""
+    """Some images' maps of each array of `features`, (n, C, h, w) float32 on the device; rows: any index."""
     return [send(torch.from_numpy(np.array(array[rows])), device).float() for array in maps]
 
 
@@ -140,9 +134,10 @@ def refuse_results(folder):
 
 
 def runs_of(setting, none=False):
-    """[(folder, indices of the labelled anomalies)] for each of --shots: OUT, or OUT/shots-N if there are several.
+    """[(folder, indices of the labelled anomalies)] for each of --shots.
 
-    none: --shots 0 is allowed. Exits where they cannot be drawn, or a folder holds a run already and --resume is not given.
+    The folder is OUT, or OUT/shots-N if there are several.  none: --shots 0 is allowed.  Exits where they
+    cannot be drawn, or a folder holds a run already and --resume is not given.
     """
     args, data, runs = setting.args, setting.data, []
     shots = args.shots = sorted(set(args.shots))
@@ -152,27 +147,30 @@ def runs_of(setting, none=False):
         if not getattr(args, "resume", False):
             refuse_results(out)
             if "resume" in args and (out / f"{setting.method}.pt").exists():
-                raise SystemExit(f"{out} holds {setting.method}.pt already: go on with --resume, choose another folder with "
-                                 "--out, or remove it.")
+                raise SystemExit(f"{out} holds {setting.method}.pt already: go on with --resume, choose "
+                                 "another folder with --out, or remove it.")
         runs.append((out, chosen))
     return runs
 
 
 def same_flags(setting, stored, shots, path):
-    """Exit unless the flags that path was made with (stored) are the command's; returns these, shots in place of all shots."""
-    own = {k: v for k, v in vars(setting.args).items() if k not in ("data", "out", "device", "resume", "maps", "fpr")}
+    """The command's flags, of one number of shots; exits unless path's (stored, if not None) are the same."""
+    free = ("data", "out", "device", "resume", "maps", "fpr")
+    own = {k: v for k, v in vars(setting.args).items() if k not in free}
     own |= {"shots": shots, "fingerprint": setting.data.fingerprint}
     for name, value in own.items():
         if stored is not None and stored.get(name) != value:
             if name == "fingerprint":
-                raise SystemExit(f"{path} was made with other images: --resume needs the same --data and --holdout.")
+                raise SystemExit(f"{path} was made with other images: --resume needs the same --data and "
+                                 "--holdout.")
             flag = "--lambda" if name == "weight" else f"--{name.replace('_', '-')}"
-            raise SystemExit(f"{path} was made with {flag} {stored.get(name)}, not {value}: --resume needs the same command.")
+            raise SystemExit(f"{path} was made with {flag} {stored.get(name)}, not {value}: --resume needs "
+                             "the same command.")
     return own
 
 
 def results_of(setting, out, shots):
-    """metrics.json of a run that is to be resumed and has it already; None where it has none, or is to be scored once more."""
+    """metrics.json of a run to resume; None where there is none, or it is to be scored once more."""
     args, path = setting.args, out / "metrics.json"
     if not path.exists():
         return None
@@ -186,34 +184,36 @@ def results_of(setting, out, shots):
 
 
 class Checkpoint:
-    """OUT/<method>.pt: model, optimizers, step and seconds of a run, for --resume.  shots: its number of labelled anomalies."""
+    """OUT/<method>.pt: model, optimizers and step of a run with so many labelled anomalies, for --resume."""
 
     def __init__(self, setting, out, model, optimizers, shots):
         self.setting, self.path, self.shots = setting, out / f"{setting.method}.pt", shots
         self.parts = {"model": model, **optimizers}
 
     def load(self):
-        """(step, seconds) to go on from: (0, 0.0) without --resume or a checkpoint. Exits if other flags made it."""
+        """The step to go on from: 0 without --resume or a checkpoint. Exits if other flags made it."""
         if not self.setting.args.resume or not self.path.exists():
-            return 0, 0.0
+            return 0
         state = load_checkpoint(self.path, self.setting.method, "cpu")
         same_flags(self.setting, state["settings"], self.shots, self.path)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        return state["step"], state["seconds"]
+        return state["step"]
 
-    def save(self, step, seconds, lr):
+    def save(self, step, lr):
         """Write it, unless a weight is not finite. lr: for that sentence."""
         check_weights(self.parts["model"], step, lr)
-        save_checkpoint(self.path, self.setting.method, same_flags(self.setting, None, self.shots, self.path), {
-            "step": step, "seconds": seconds, **{name: part.state_dict() for name, part in self.parts.items()}})
+        settings = same_flags(self.setting, None, self.shots, self.path)
+        save_checkpoint(self.path, self.setting.method, settings,
+                        {"step": step, **{name: part.state_dict() for name, part in self.parts.items()}})
 
 
 def patch_features(maps, aggregate):
-    """Aligned, aggregated patch features (B, P, C) of the maps [(B, C_l, h_l, w_l), ...]; P = h w of the largest map.
+    """Aligned, aggregated patch features (B, P, C) of maps [(B, C_l, h_l, w_l), ...]; P = h w of the largest.
 
-    Maps are brought to the size of the largest, stacked, and each position becomes the mean of its aggregate x aggregate
-    neighbourhood, zeros beyond the border. WSCXR Eq. 1-3; Roth et al. 2022 (arXiv:2106.08265), Eq. 2.
+    Maps are brought to the size of the largest, stacked, and each position becomes the mean of its aggregate
+    x aggregate neighbourhood, zeros beyond the border. WSCXR Eq. 1-3; Roth et al. 2022 (arXiv:2106.08265),
+    Eq. 2.
     """
     size = max(tuple(m.shape[2:]) for m in maps)
     x = torch.cat([F.interpolate(m, size, mode="bilinear") if m.shape[2:] != size else m for m in maps], 1)
@@ -221,29 +221,32 @@ def patch_features(maps, aggregate):
 
 
 def draw_shots(labels, groups, shots, seed, anomaly_class=None, least=1):
-    """Indices into the test set (Q,) of `shots` labelled anomalies to train on, drawn as DRA does (arXiv:2203.14506).
+    """Indices into the test set, (shots,), of labelled anomalies to train on. labels: (Q,); groups: Q names.
 
-    All anomalies, of one group with anomaly_class, are shuffled by RandomState(seed), and the first ones taken.
-    Exits where there are too few, fewer than `least` are asked for, or there is no such group.
+    As in DRA (arXiv:2203.14506) all anomalies, of one group with anomaly_class, are shuffled by
+    RandomState(seed), and the first ones taken. Exits where there are too few, fewer than `least` are asked
+    for, or there is no such group.
     """
     anomalies = np.flatnonzero(labels == 1)
     known = sorted({groups[i] for i in anomalies})
     if anomaly_class is not None:
         if anomaly_class not in known or len(known) < 2:
-            raise SystemExit(f"--anomaly-class {anomaly_class}: the groups of anomalies are {', '.join(known) or 'none'}"
+            raise SystemExit(f"--anomaly-class {anomaly_class}: the groups of anomalies are "
+                             f"{', '.join(known) or 'none'}"
                              f"{'; there must be another one to test on' if anomaly_class in known else ''}.")
         anomalies = np.array([i for i in anomalies if groups[i] == anomaly_class])
     if not least <= shots < len(anomalies):
         within = f" in {anomaly_class}" if anomaly_class else ""
-        raise SystemExit(f"{shots} labelled anomalies are asked for, and there are {len(anomalies)}{within}: it must be from "
-                         f"{least} to {len(anomalies) - 1}, so that some are left to test on.")
+        raise SystemExit(f"{shots} labelled anomalies are asked for, and there are {len(anomalies)}{within}: "
+                         f"it must be from {least} to {len(anomalies) - 1}, to leave some to test on.")
     return np.random.RandomState(seed).permutation(anomalies)[:shots]
 
 
 def cycle(n, batch, seed, step):
-    """Indices (batch,) of a step that goes through n labelled anomalies again and again, each time in another order."""
+    """Indices (batch,) of a step that goes through n anomalies again and again, always in another order."""
     turns, at = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
-    orders = {turn: torch.randperm(n, generator=step_generator("cpu", seed, "anomalies", turn)) for turn in set(turns.tolist())}
+    orders = {turn: torch.randperm(n, generator=step_generator("cpu", seed, "anomalies", turn))
+              for turn in set(turns.tolist())}
     return torch.stack([orders[turn][i] for turn, i in zip(turns.tolist(), at.tolist(), strict=True)])
 
 
@@ -262,29 +265,35 @@ def validate(setting, score, held_scores):
     return sum(found) / 2
 
 
+def f1_accuracy(labels, decided):
+    """F1 and accuracy of decisions (Q,) bool."""
+    return float(f1_score(labels, decided)), float((decided == labels).mean())
+
+
 def youden(labels, scores):
     """F1 and accuracy at the threshold of the best TPR - FPR on these very labels: as WSCXR reports them."""
     false, true, thresholds = roc_curve(labels, scores)
-    decided = scores >= thresholds[(true - false).argmax()]
-    return float(f1_score(labels, decided)), float((decided == labels).mean())
+    return f1_accuracy(labels, scores >= thresholds[(true - false).argmax()])
 
 
 def mask_of(data, path, size):
     """Where the anomaly is in a test image of MVTec's layout, (size, size) bool; None where no mask says it.
 
-    data: the folder; path: relative, test/<group>/<name>.png, whose mask is ground_truth/<group>/<name>_mask.png. A pixel is
-    in it from half the highest value on: thin anomalies do not vanish where masks are made smaller, and 0 and 1 are read, too.
+    data: the folder; path: relative, test/<group>/<name>.png; its mask is
+    ground_truth/<group>/<name>_mask.png. A pixel is in it from half the highest value on: thin anomalies do
+    not vanish where masks are made smaller, and 0 and 1 are read, too.
     """
-    file = Path(data).expanduser().joinpath("ground_truth", *Path(path).parts[1:-1], f"{Path(path).stem}_mask.png")
-    mask = _decode(file, size)[0][0] if file.is_file() else np.zeros(1)
+    inner = Path(path).with_suffix("").parts[1:]
+    file = Path(data).expanduser().joinpath("ground_truth", *inner[:-1], f"{inner[-1]}_mask.png")
+    mask = decode(file, size)[0][0] if file.is_file() else np.zeros(1)
     return torch.from_numpy(mask > mask.max() / 2) if mask.any() else None
 
 
 def pixel_metrics(heat, masks, most=0.3):
-    """pixel_auroc, and pro: the share of a region that is found, in the mean over regions, over false-positive rates to `most`.
+    """pixel_auroc, and pro: the mean share of a region that is found, over false-positive rates to `most`.
 
-    heat: (Q, H, H) float; masks: (Q, H, H) bool. A region is a connected one, over corners too. Bergmann et al. 2020
-    (arXiv:1911.02357), Sec. 4; the area is divided by `most`, so that 1 is perfect.
+    heat: (Q, H, H) float; masks: (Q, H, H) bool. A region is a connected one, over corners too. Bergmann et
+    al. 2020 (arXiv:1911.02357), Sec. 4; the area is divided by `most`, so that 1 is perfect.
     """
     weights = np.ones(masks.shape)
     for weight, mask in zip(weights, masks.numpy(), strict=True):
@@ -293,65 +302,73 @@ def pixel_metrics(heat, masks, most=0.3):
     found, values = masks.numpy().ravel(), heat.numpy().ravel()
     false, pro, _ = roc_curve(found, values, sample_weight=weights.ravel())
     within = false < most
-    area = auc(np.append(false[within], most), np.append(pro[within], np.interp(most, false, pro))) / most
-    return {"pixel_auroc": float(roc_auc_score(found, values)), "pro": float(area)}
+    area = auc(np.append(false[within], most), np.append(pro[within], np.interp(most, false, pro)))
+    return {"pixel_auroc": float(roc_auc_score(found, values)), "pro": float(area / most)}
 
 
 def finish(setting, score, out=None, shots=None, **more):
     """Score held-out and test images, write and print the results; return metrics.
 
-    score: images (n, C, H, W) uint8 -> their scores (n,) and, for pictures, those of their patches (n, P), on the CPU.
-    out: another folder than the setting's.  shots: indices of the test images that were trained on, which are left out.
-    more: further entries of metrics.json.
+    score: images (n, C, H, W) uint8 -> their scores (n,) and, for pictures, those of their patches (n, P), on
+    the CPU.  out: another folder than the setting's.  shots: indices of the test images that were trained on,
+    which are left out.  more: further entries of metrics.json.
     """
     data, args, out = setting.data, setting.args, out or setting.out
     held, held_maps = score(data.held)
     calibration = held[data.calibration].numpy()
+    n, undecided = len(calibration), impossible(len(calibration), args.fpr)
     test = np.setdiff1d(np.arange(len(data.labels)), [] if shots is None else shots)
-    scores, maps = score(data.test)                                                                     # (Q,), (Q, P)
-    scores, labels, groups = scores.numpy(), setting.labels, np.array(data.groups)
-    p = p_values(calibration, scores)
-
-    def measured(rows):
-        return measure(labels[rows], scores[rows], groups[rows].tolist(), p[rows], args.fpr, len(calibration))
-
-    apart = {}
-    if getattr(args, "anomaly_class", None):                            # DRA's hard setting: anomalies of other groups
+    scores, maps = score(data.test)                                                             # (Q,), (Q, P)
+    scores, labels, groups, apart = scores.numpy(), setting.labels, np.array(data.groups), {}
+    if getattr(args, "anomaly_class", None):                   # DRA's hard setting: anomalies of other groups
         seen, normal = groups[test] == args.anomaly_class, labels[test] == 0
         apart = {name: float(roc_auc_score(labels[rows], scores[rows])) for name, rows in
                  (("auroc_seen_class", test[seen | normal]), ("auroc_all", test))}
         test = test[~seen | normal]
-    metrics = {**measured(test), **apart, "val_auroc": validate(setting, score, held[~data.calibration]), **more}
-    metrics |= {"f1_at_fpr": None, "accuracy_at_fpr": None}
-    if not impossible(len(calibration), args.fpr):
-        decided = p[test] <= args.fpr
-        metrics |= {"f1_at_fpr": float(f1_score(labels[test], decided)),
-                    "accuracy_at_fpr": float((decided == labels[test]).mean())}
-    best = youden(labels[test], scores[test])
-    metrics |= {"f1_threshold_chosen_on_test": best[0], "accuracy_threshold_chosen_on_test": best[1],
-                "shots": [] if shots is None else [data.paths[i] for i in shots],
-                "settings": {**vars(args), "out": str(out), "method": setting.method, "changed": setting.changed,
-                             "fingerprint": data.fingerprint},
-                "seconds": round(time.perf_counter() - setting.begun, 1), "processor": processor(setting.device)}
+    p = p_values(calibration, scores[test])
+    f1, accuracy = (None, None) if undecided else f1_accuracy(labels[test], p <= args.fpr)
+    best_f1, best_accuracy = youden(labels[test], scores[test])
+    metrics = {
+        **measure(labels[test], scores[test], groups[test]), **apart,
+        "decision": decisions(p, labels[test], args.fpr, n),
+        "val_auroc": validate(setting, score, held[~data.calibration]), **more, "f1_at_fpr": f1, "accuracy_at_fpr": accuracy,
+        "f1_threshold_chosen_on_test": best_f1, "accuracy_threshold_chosen_on_test": best_accuracy,
+        "shots": [] if shots is None else [data.paths[i] for i in shots],
+        "settings": {**vars(args), "out": str(out), "method": setting.method, "changed": setting.changed,
+                     "fingerprint": data.fingerprint},
+        "seconds": round(time.perf_counter() - setting.begun, 1), "processor": processor(setting.device)}
+    masks = {i: mask for i in test[labels[test] == 1]
+             if (mask := mask_of(args.data, data.paths[i], setting.size)) is not None}
+    if masks:                                                          # anomalies without a mask are left out
+        blank = torch.zeros(setting.size, setting.size, dtype=torch.bool)
+        masks |= dict.fromkeys(test[labels[test] == 0], blank)
+        heat = torch.stack([heat_map(maps[i], setting.size) for i in masks])
+        metrics |= pixel_metrics(heat, torch.stack(list(masks.values())))
 
     out.mkdir(parents=True, exist_ok=True)
-    write_scores(out / "scores.csv", *([values[i] for i in test] for values in (data.paths, data.groups)), labels[test],
-                 scores[test], p[test], args.fpr, len(calibration))
-    masks = {i: mask for i in test[labels[test] == 1] if (mask := mask_of(args.data, data.paths[i], setting.size)) is not None}
-    if masks:                                                               # anomalies without a mask are left out
-        masks |= {i: torch.zeros(setting.size, setting.size, dtype=torch.bool) for i in test[labels[test] == 0]}
-        metrics |= pixel_metrics(torch.stack([heat_map(maps[i], setting.size) for i in masks]), torch.stack(list(masks.values())))
+    with whole(out / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
+        columns = [data.paths[i] for i in test], groups[test], labels[test], scores[test]
+        csv.writer(file).writerows([("path", "group", "label", "score", "p_value", "anomaly"),
+                                    *zip(*columns, *columns_of(p, args.fpr, n), strict=True)])
     pictures(setting, out, scores, maps, test, held_maps if len(held) else maps)
-    write(out / "metrics.json", lambda file: json.dump(metrics, file, indent=1))
-    Log(out, "evaluate", math.inf)(0, show=False, **{k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")})
+    with whole(out / "metrics.json") as temporary:                          # last: it says that all is there
+        temporary.write_text(json.dumps(metrics, indent=1))
+    values = {k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")}
+    Log(out, "evaluate", math.inf)(0, show=False, **values)
     tell(metrics)
+    if undecided:
+        print(f"  {undecided}")
+    else:
+        rates = ["{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), metrics["decision"][name],
+                                                       *metrics["decision"][f"{name}_interval_95"])
+                 for name in ("false_positive_rate", "sensitivity")]
+        print(f"  at --fpr {args.fpr:g}, by {n} calibration normals: {'  '.join(rates)}")
+        print(f"  at that threshold F1 {f1:.3f}, accuracy {accuracy:.3f}")
     if apart:
-        print(f"  that is of anomalies other than {args.anomaly_class}; of {args.anomaly_class} {apart['auroc_seen_class']:.4f}, "
-              f"of all {apart['auroc_all']:.4f}")
-    if "pro" in metrics:
+        print(f"  that is of anomalies other than {args.anomaly_class}; of {args.anomaly_class} "
+              f"{apart['auroc_seen_class']:.4f}, of all {apart['auroc_all']:.4f}")
+    if masks:
         print(f"  pixels: AUROC {metrics['pixel_auroc']:.4f}, PRO {metrics['pro']:.4f}")
-    if metrics["f1_at_fpr"] is not None:
-        print(f"  at that threshold F1 {metrics['f1_at_fpr']:.3f}, accuracy {metrics['accuracy_at_fpr']:.3f}")
     if metrics["val_auroc"] is not None:
         print(f"  synthetic defects on held-out normals: AUROC {metrics['val_auroc']:.3f}")
     print(f"  wrote scores.csv, metrics.json, examples.png{', maps/' if args.maps else ''} to {out} "
@@ -360,7 +377,7 @@ def finish(setting, score, out=None, shots=None, **more):
 
 
 def pictures(setting, out, scores, maps, test, normal):
-    """examples.png, and with --maps OUT/maps/: heat maps over images. Red begins at the normal images' median patch."""
+    """examples.png, and with --maps OUT/maps/: heat maps over images. Red begins at normals' median patch."""
     low, high = normal.median(), torch.quantile(maps[test].amax(1), 0.99)
 
     def overlay(i):
@@ -376,14 +393,14 @@ def pictures(setting, out, scores, maps, test, normal):
         ranked = order[labels == label].tolist()
         rows |= {f"{name}, highest scores": ranked[:4], f"{name}, lowest": ranked[-4:]}
     grid = [[tile for i in row for tile in overlay(i)] for row in rows.values()]
-    scale = max(1, 128 // setting.data.test.shape[-1])
-    save_grid(out / "examples.png", [row + [None] * (8 - len(row)) for row in grid], ["image", "score of patches"] * 4, scale,
-              names=list(rows))
+    scale, captions = max(1, 128 // setting.data.test.shape[-1]), ["image", "score of patches"]
+    grid = [row + [None] * (8 - len(row)) for row in grid]
+    save_grid(out / "examples.png", grid, captions * 4, scale, list(rows))
     if setting.args.maps:
         for i in test.tolist():
             path = out / "maps" / f"{setting.data.paths[i]}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_grid(path, [list(overlay(i))], ["image", "score of patches"], scale)
+            save_grid(path, [list(overlay(i))], captions, scale)
 
 
 def heat_map(scores, size):
@@ -393,6 +410,6 @@ def heat_map(scores, size):
 
 
 def smoothed(maps):
-    """Maps (n, 1, H, H) under a Gaussian of 4 pixels in 256, out to four deviations, as WSCXR and CKAAD are released."""
+    """Maps (n, 1, H, H) under a Gaussian of 4 pixels in 256, to four deviations, as in both papers' code."""
     sigma = 4 * maps.shape[-1] / 256
     return gaussian_blur(maps, 2 * math.ceil(4 * sigma) + 1, sigma)

@@ -1,0 +1,1 @@
+"""What users need around the core, a file each: own images, choosing settings, pictures, data preparation."""

@@ -1,0 +1,138 @@
+"""Choose settings without any anomaly: held-out normals against the same images with a synthetic defect.
+
+    python -m extras.choose runs/a runs/b                         # several settings
+    python -m extras.choose runs/a/step-*                         # several steps of one, kept by --save-every
+
+Prints each run's AUROCs, best last by the paper's score (csi, mean of lines and patches), and appends them to
+RUN/log.jsonl. The last line is `best RUN`. Held-out normals that calibrate p-values are not looked at.
+
+A caution: thin synthetic lines can mislead where real anomalies are diffuse. On chest X-rays such a figure
+was 0.962 where the true AUROC was 0.739. Trust an order of settings only if lines and patches agree on it.
+"""
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import torch
+from sklearn.metrics import roc_auc_score
+
+from dia_lib import (
+    Log, csi_fit, csi_parts, embed, load_checkpoint, load_encoder, pick_device, run, shared_flags,
+    step_generator,
+)
+from evaluate import data_of
+from extras.predict import SCORES, local_fit, local_score
+
+
+def synthetic_defects(images, kind, generator):
+    """Copies of normal images with one defect each.
+
+    images: (n, C, H, W) uint8.  kind: "line", a dark thin polyline (a crack), or "patch", a piece of the
+    image pasted elsewhere (CutPaste, Li et al. 2021, arXiv:2104.04015).  Returns the like. Draws on the CPU.
+    """
+    n, _, H, W = images.shape
+
+    def uniform(low, high, *shape):
+        return torch.rand(*shape, generator=generator) * (high - low) + low
+
+    if kind == "line":
+        yx = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"), -1) / H  # (H, W, 2)
+        points, angle = [uniform(0.2, 0.8, n, 2)], uniform(0, 2 * math.pi, n)
+        for _ in range(3):
+            angle = angle + uniform(-0.7, 0.7, n)
+            points.append(points[-1] + torch.stack([angle.sin(), angle.cos()], 1) * uniform(0.08, 0.2, n, 1))
+        distance = torch.full((n, H, W), 9.0)
+        for a, b in itertools.pairwise(points):                         # distance to each of three segments
+            ab, ap = (b - a)[:, None, None], yx - a[:, None, None]                            # (n, H, W, 2)
+            along = ((ap * ab).sum(-1) / (ab * ab).sum(-1)).clamp(0, 1)
+            distance = torch.minimum(distance, (ap - along[..., None] * ab).norm(dim=-1))
+        width = uniform(0.01, 0.025, n, 1, 1)                           # half-width, share of the side
+        cover = ((width - distance) * H + 0.5).clamp(0, 1)              # antialiased over one pixel
+        keep = 1 - cover * uniform(0.4, 0.8, n, 1, 1)
+        return (images * keep[:, None]).round().to(torch.uint8)
+    if kind == "patch":
+        def brighter(piece):
+            return (piece * uniform(0.9, 1.1, 1)).round().clamp(0, 255).to(torch.uint8)
+        return torch.stack([cut_paste(image, brighter, generator) for image in images])
+    raise ValueError(f"defect {kind!r}: expected line or patch")
+
+
+def cut_paste(image, change, generator):
+    """A copy of image (C, H, W), a random rectangle of it pasted elsewhere. CutPaste, arXiv:2104.04015.
+
+    The rectangle has 2-15% of the area, aspect 0.3 to 1/0.3.  change: what becomes of the piece on its way,
+    (C, h, w) -> (C, h, w).
+    """
+    def uniform(low, high):
+        return torch.rand(1, generator=generator).item() * (high - low) + low
+
+    H, W = image.shape[1:]
+    area, aspect = uniform(0.02, 0.15), math.exp(uniform(math.log(0.3), -math.log(0.3)))
+    h, w = (max(1, min(side, round(side * (area * r) ** 0.5))) for side, r in ((H, aspect), (W, 1 / aspect)))
+    y, x, y2, x2 = (int(uniform(0, side - s + 1)) for side, s in ((H, h), (W, w), (H, h), (W, w)))
+    out = image.clone()
+    out[:, y2:y2 + h, x2:x2 + w] = change(image[:, y:y + h, x:x + w])
+    return out
+
+
+def validate(encoder, train, held, shift, device):
+    """AUROCs of normals held (n, C, H, W) uint8 against themselves with a defect, three copies of each kind.
+
+    train: (M, C, H, W) uint8, of which 512 serve.  val_auroc is by csi, val_cos by its cosine, val_local by
+    local_score, each the mean over lines and patches; val_line and val_patch are by csi. Draws nothing that
+    depends on the run, so that runs can be compared. Exits if embeddings are not finite.
+    """
+    train = train[:512]
+    stats, known = csi_fit(*embed(encoder, train, shift, 2, device)), local_fit(encoder, train, device)
+
+    def scores(images):
+        z, logits = embed(encoder, images, shift, 2, device)
+        if not z.isfinite().all():
+            raise SystemExit("the embeddings are not finite: training has diverged. Try a smaller --lr.")
+        return csi_parts(stats, z, logits) | {"local": local_score(known, encoder, images, device)}
+
+    normal, auroc = scores(held), {}
+    for i, kind in enumerate(("line", "patch")):
+        generator = step_generator("cpu", 0, "synthetic defects", i)
+        defects = torch.cat([synthetic_defects(held, kind, generator) for _ in range(3)])
+        labels, anomalous = [0] * len(held) + [1] * len(defects), scores(defects)
+        for name in SCORES:
+            auroc[name, kind] = float(roc_auc_score(labels, torch.cat([normal[name], anomalous[name]])))
+    mean = {name: (auroc[name, "line"] + auroc[name, "patch"]) / 2 for name in SCORES}
+    return {"val_auroc": mean["csi"], "val_line": auroc["csi", "line"], "val_patch": auroc["csi", "patch"],
+            "val_cos": mean["cos"], "val_local": mean["local"]}
+
+
+def choose(out, device, where=None, normal_class=None):
+    """`validate` of a run's folder, appended to its log; returns its step and figures."""
+    state = load_checkpoint(out / "dia.pt", "dia", device)
+    data = data_of(state["settings"], out, ("train",), where, normal_class)
+    held = data.held[~data.calibration][:512]
+    if len(held) < 2:
+        raise SystemExit(f"{out}: {len(held)} held-out normals serve for choosing, 2 at least are needed: "
+                         "train with a larger --holdout.")
+    figures = validate(load_encoder(state, device), data.train, held, state["settings"]["shift"], device)
+    Log(out, "choose", math.inf)(state["step"], show=False, **figures)
+    print(f"{out}: step {state['step']}, {len(held)} held-out normals", flush=True)
+    return state["step"], figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or step-N of --save-every")
+    shared_flags(parser, data=None)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    found = [(out, *choose(Path(out), device, args.data, args.normal_class)) for out in args.runs]
+    print("  csi   line  patch    cos  local     step  run")
+    for out, step, figures in sorted(found, key=lambda row: row[2]["val_auroc"]):
+        print("  ".join(f"{value:.3f}" for value in figures.values()), f" {step:7d}  {out}")
+    print("note: thin synthetic lines mislead where real anomalies are diffuse: see whether patch agrees")
+    print(f"best {out}")
+
+
+if __name__ == "__main__":
+    run(main, "nothing that was written before is lost")
