@@ -141,7 +141,6 @@ def examples(path, data, scores):
 
 def evaluate(out, args, device):
     """Score the test images of one run; write its files; return its metrics."""
-    log = Log(out, "evaluate", math.inf)
     state = load_checkpoint(out / "dia.pt", "dia", device)
     s, encoder = state["settings"], load_encoder(state, device)
     data = data_of(s, out, data=args.data, normal_class=args.normal_class)
@@ -153,6 +152,7 @@ def evaluate(out, args, device):
     print(f"{out}, dissolve {s['dissolve']}, seed {s['seed']}, step {state['step']} of {s['steps']}; "
           f"{found(data)}", flush=True)
 
+    log = Log(out, "evaluate", math.inf)
     stats = training_stats(out, state, encoder, data, args.passes, device, args.batch_size)
     z, logits = embed(encoder, data.test, s["shift"], args.passes, device, args.batch_size, "test images")
     parts = {name: part.numpy() for name, part in csi_parts(stats, z, logits).items()}    # csi, con, cls, ...

@@ -179,8 +179,8 @@ def main():
     settings |= {"given": args.given, "channels": channels, "stem": stem, **known}
     settings["fingerprint"] = data.fingerprint
     print(f"stage 2, {found(data)}\ndissolve {args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), "
-          f"shift {args.shift}; batches of {args.batch_size} x {K} shifts x {views} views, {args.steps} steps, "
-          f"{args.optimizer} lr {args.lr:g}, seed {args.seed}; {precision(device)}", flush=True)
+          f"shift {args.shift}; batches of {args.batch_size} x {K} shifts x {views} views, {args.steps} "
+          f"steps, {args.optimizer} lr {args.lr:g}, seed {args.seed}; {precision(device)}", flush=True)
 
     # Train
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)        # (V*K*B,)

@@ -117,7 +117,7 @@ def local_score(known, encoder, images, device, batch=96):
     known: of local_fit; images: (Q, C', H, W) uint8. Higher = more anomalous. Not in the paper: the nearest
     neighbour of PatchCore (Roth et al. 2022, arXiv:2106.08265) on features of an encoder trained here.
     """
-    scores, known = [torch.empty(0)], known.to(device)
+    scores, known = [], known.to(device)
     for part in images.split(batch):
         features = local_features(encoder, part, device)                            # (n, P, 256)
         chunk = max(1, 2 ** 24 // (len(known) * features.shape[1]))                 # about 64 MB
@@ -183,7 +183,8 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
         stats = training_stats(out, state, encoder, data, passes, device, batch)
         run.known = {**{k: stats[k] for k in ("axis", "w", "v")}, "train": data.digests["train"],
                      "held": data.digests["held"], "local": local_fit(encoder, data.train, device, batch)}
-        run.known["calibration"] = run.parts(data.held[data.calibration])
+        mine = data.held[data.calibration]
+        run.known["calibration"] = run.parts(mine) if len(mine) else dict.fromkeys(SCORES, torch.empty(0))
         key = {"dia_sha256": sha256_of(out / "dia.pt"), "passes": passes}
         save_checkpoint(out / "predict.pt", "predict", key, run.known)
     return run
@@ -253,7 +254,7 @@ def columns_of(p, fpr, n):
     return [["" if math.isnan(v) else f"{v:.6g}" for v in p], ["" if undecided else int(v <= fpr) for v in p]]
 
 
-# ---- The two things that the command does --------------------------------------------------------------
+# ---- The two things that the command does ----------------------------------------------------------------
 
 
 def examples(path, images, order):
@@ -264,9 +265,8 @@ def examples(path, images, order):
     save_grid(path, rows, [], max(1, 128 // images.shape[-1]), list(picked))
 
 
-def score_folder(run, folder, score, fpr, to=None):
-    """Score all images below a folder; write scores.csv and examples.png."""
-    images, paths, digests = load_images(folder, run.settings["image_size"])
+def score_folder(run, images, paths, digests, score, fpr, to):
+    """Score the images of load_images; write scores.csv and examples.png to a folder."""
     scores = run.parts(images, (score,), "images")[score]
     p, n = run.p_values(scores.numpy(), score), len(run.known["calibration"][score])
     order = scores.argsort(descending=True, stable=True)
@@ -274,7 +274,6 @@ def score_folder(run, folder, score, fpr, to=None):
              **dict.fromkeys(run.known["train"].tolist(), "training")}
     seen = [known.get(digest, "") for digest in digests.tolist()]
     rows = list(zip(paths, scores.tolist(), *columns_of(p, fpr, n), seen, strict=True))
-    to = Path(to or run.out / "images" / Path(folder).expanduser().resolve().name)
     to.mkdir(parents=True, exist_ok=True)
     with whole(to / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([("path", "score", "p_value", "anomaly", "seen"),
@@ -286,13 +285,9 @@ def score_folder(run, folder, score, fpr, to=None):
     print(f"{len(paths)} images: {impossible(n, fpr) or found}; wrote scores.csv and examples.png to {to}")
 
 
-def test_set(run, data, fpr, to=None):
-    """AUROC and decisions of each score on the run's own test set, printed and written to decisions.json."""
-    labels, result = data.labels.numpy(), {}
-    if len(set(labels)) != 2:
-        raise SystemExit(f"{data.name}: all {len(labels)} test images are "
-                         f"{'anomalies' if labels.all() else 'normal'}; --test needs both.")
-    n = len(run.known["calibration"]["csi"])
+def score_test(run, data, fpr):
+    """AUROC and decisions of each score on the run's labelled test set; write decisions.json."""
+    labels, n, result = data.labels.numpy(), len(run.known["calibration"]["csi"]), {}
     print(f"{run.out}: {len(labels)} test images ({labels.sum()} anomalies); "
           + (impossible(n, fpr) or f"deciding at --fpr {fpr:g}, by {n} calibration normals"))
     for score, values in run.parts(data.test, name="test images").items():
@@ -303,26 +298,27 @@ def test_set(run, data, fpr, to=None):
             f"{name.replace('_', ' ')} {d[name]:.3f} ({{:.3f}} to {{:.3f}})".format(*d[f"{name}_interval_95"])
             for name in ("false_positive_rate", "sensitivity")]
         print("  ".join([f"  {score:5s} AUROC {auroc:.4f}", *rates]))
-    to = Path(to or run.out)
-    to.mkdir(parents=True, exist_ok=True)
-    with whole(to / "decisions.json") as temporary:
+    with whole(run.out / "decisions.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
-    print(f"wrote decisions.json to {to}")
+    print(f"wrote decisions.json to {run.out}")
 
 
 def main():
     args = arguments()
     out, device, data = Path(args.run), pick_device(args.device), None
-    if args.images and not Path(args.images).expanduser().is_dir():                 # said before any work
-        raise SystemExit(f"{args.images}: no such folder.")
+    settings = load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"]
+    if args.images:
+        found = load_images(args.images, settings["image_size"])    # first: its mistakes are said at once
     if args.test or args.data:
-        settings, splits = load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"], ("train", "test")
-        data = data_of(settings, out, splits[:1 + args.test], args.data, args.normal_class)
+        data = data_of(settings, out, ("train", "test")[:1 + args.test], args.data, args.normal_class)
+    if args.test and len(set(data.labels.tolist())) != 2:
+        raise SystemExit(f"--test: {data.name} has no test set with both normal and anomalous images.")
     loaded = load_run(out, device, args.passes, args.batch_size, data)
     if args.test:
-        test_set(loaded, data, args.fpr, args.to)
+        score_test(loaded, data, args.fpr)
     else:
-        score_folder(loaded, args.images, args.score, args.fpr, args.to)
+        to = args.to or out / "images" / Path(args.images).expanduser().resolve().name
+        score_folder(loaded, *found, args.score, args.fpr, Path(to))
 
 
 if __name__ == "__main__":

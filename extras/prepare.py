@@ -3,11 +3,12 @@
     python -m extras.prepare ~/Downloads/kvasir data/kvasir --set kvasir
     python -m extras.prepare scans data/scans --normal healthy --anomaly tumour bleeding
 
-Writes OUT/train/normal, OUT/test/normal, OUT/test/<group> for each group of anomalies, and OUT/prepared.json:
-what it was made of, counts, images that were left out and why, and defaults of the set, which the scripts take.
-A set is taken untouched, as its download unzips. Where no split is published, a share of the normals and all
-anomalies are to test on: scikit-learn's split of the sorted names with seed 42, as for ELPV. Files are copied as
-they are. All is made in OUT.part, which becomes OUT at the end: what is half done is never read.
+Writes OUT/train/normal, OUT/test/normal, OUT/test/<group> for each group of anomalies, and
+OUT/prepared.json (what it was made of, counts, images left out and why, defaults that the scripts take).
+Files are copied as they are. A set's download is taken untouched, as it unzips. Where no split is
+published, a share of the normals and all anomalies are to test on: scikit-learn's split of the sorted
+names with seed 42, as for ELPV. All is made in OUT.part, which becomes OUT at the end: nothing half done
+is read.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from dia_lib import SUFFIXES, Item, decode, folder_items, number, run, split_items, walk, whole
 
-# Where a set comes from; what its download holds; its folders of normals and of anomalies, where these say it all
+# Where a set comes from; what its download holds; folders of normals, of anomalies, where these say it all
 SETS = {
     "sarscov2": ("kaggle.com/datasets/plameneduardo/sarscov2-ctscan-dataset", ["COVID", "non-COVID"],
                  ["non-COVID"], ["COVID"]),
@@ -32,7 +33,8 @@ SETS = {
                ["normal-cecum", "normal-pylorus", "normal-z-line", "polyps"],
                ["normal-cecum", "normal-pylorus", "normal-z-line"], ["polyps"]),
     "oct2017": ("kaggle.com/datasets/paultimothymooney/kermany2018", ["train/NORMAL", "test/NORMAL"], [], []),
-    "aptos2019": ("kaggle.com/competitions/aptos2019-blindness-detection", ["train.csv", "train_images"], [], []),
+    "aptos2019": ("kaggle.com/competitions/aptos2019-blindness-detection", ["train.csv", "train_images"],
+                  [], []),
 }
 DEFAULTS = {"kvasir": {"shift": "perm", "t_range": [100, 200]}}             # DIA Sec. 4.1, Tab. 4
 
@@ -46,7 +48,7 @@ def listing(folder):
 
 
 def set_items(root, name):
-    """{"train": items, "test": items} of a set's download, at root or one or two levels below: zips hold a folder."""
+    """Items of a set's download, by split. It is at root, or one or two levels below: zips hold a folder."""
     where, expected, normal, anomalous = SETS[name]
     folders = [root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))] if root.is_dir() else []
     at = next((f for f in folders if all((f / e).exists() for e in expected)), None)
@@ -64,21 +66,22 @@ def graded_items(root):
         try:
             grades = {row["id_code"]: int(row["diagnosis"]) for row in csv.DictReader(file)}
         except (KeyError, ValueError, TypeError, csv.Error):
-            raise SystemExit(f"{file.name}: needed are columns id_code and diagnosis, grades from 0 to 4.") from None
-    items = [Item(f"train_images/{code}.png", int(grade > 0), f"grade {grade}",
-                  root / f"train_images/{code}.png") for code, grade in grades.items()]
-    missing = [i.name for i in items if i.name.count("/") > 1 or not i.source.is_file()]
+            raise SystemExit(f"{file.name}: needed are columns id_code and diagnosis, a grade.") from None
+    images = {path.stem: path for path in walk(root / "train_images")}
+    missing = sorted(grades.keys() - images.keys())
     if missing:
-        raise SystemExit(f"{root}: {len(missing)} images of train.csv are missing, the first is {missing[0]}: "
-                         "unzip it again.")
-    return items
+        raise SystemExit(f"{root}: {len(missing)} images of train.csv are missing, the first is "
+                         f"train_images/{missing[0]}.png: unzip it again.")
+    return [Item(f"train_images/{images[code].name}", int(grade > 0), f"grade {grade}", images[code])
+            for code, grade in grades.items()]
 
 
 def plain_items(root, normal, anomalous):
-    """All images below folders of normals and of anomalies, a group for each name of a folder. root: absolute."""
+    """All images below folders of normals and of anomalies, which name the groups. root: absolute."""
     items, folders = [], []
     for label, folder in [(0, f) for f in normal] + [(1, f) for f in anomalous]:
-        path, flag = Path(os.path.normpath(root / folder)), f"{'--anomaly' if label else '--normal'} {folder}"
+        flag = f"{'--anomaly' if label else '--normal'} {folder}"
+        path = Path(os.path.normpath(root / folder))
         if not path.is_relative_to(root) or not path.is_dir():
             raise SystemExit(f"{flag}: no such folder below {root}; found: {listing(root)}.")
         if label and path.name.lower() == "normal":
@@ -105,8 +108,8 @@ def targets(items, root):
             groups.setdefault(f"{split}/{item.group if item.label else 'normal'}", []).append(item)
     for folder, every in groups.items():
         names = [Path(i.name).name for i in every]
-        taken = Counter(name.lower() for name in names)                     # some file systems ignore the case
-        taken.update({i.name.split("/")[0].lower() for i in every})         # the folders in front are names, too
+        taken = Counter(name.lower() for name in names)                     # some systems ignore the case
+        taken.update({i.name.split("/")[0].lower() for i in every})         # the folders in front count, too
         for name, item in zip(names, every, strict=True):
             plan[f"{folder}/{name if taken[name.lower()] == 1 else item.name}"] = \
                 item.source.relative_to(root).as_posix()
@@ -148,7 +151,7 @@ def copy_all(plan, root, part):
             if why:
                 left_out[name] = why.replace(f"{root}{os.sep}", "")         # no paths of this machine
     finally:
-        pool.shutdown(cancel_futures=True)                                  # Ctrl-C waits for what is begun only
+        pool.shutdown(cancel_futures=True)                                  # so that Ctrl-C does not wait
     return left_out
 
 
@@ -160,7 +163,7 @@ def note(plan, root, left_out, name):
 
 
 def is_prepared(out, plan, root, name):
-    """True if OUT is what this command makes, False if nothing is there. Exits if it holds anything else."""
+    """True if OUT is what this command makes, False if nothing is there. Exits if it holds other things."""
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return False
     try:
@@ -171,17 +174,17 @@ def is_prepared(out, plan, root, name):
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass                                                                # no prepared.json of ours
-    raise SystemExit(f"{out} holds other things than what this command makes; remove it, or choose another OUT.")
+    raise SystemExit(f"{out} holds other things than this command makes; remove it, or choose another OUT.")
 
 
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m extras.prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="folder of the download, or with the folders of images")
+    parser.add_argument("source", metavar="SOURCE", help="folder of a download, or of folders of images")
     parser.add_argument("out", metavar="OUT", help="folder to make, outside SOURCE")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--set", choices=SETS, help="SOURCE is the download of this set; from " + ", ".join(
-        f"{where}" for where, *_ in SETS.values()))
+    what.add_argument("--set", choices=SETS, help="SOURCE is the download of this set, from "
+                      + ", ".join(where for where, *_ in SETS.values()))
     what.add_argument("--normal", nargs="+", metavar="FOLDER", help="folders of normals, below SOURCE")
     parser.add_argument("--anomaly", nargs="+", metavar="FOLDER", help="folders of anomalies, below SOURCE")
     parser.add_argument("--test-share", type=number(float, above=0, high=0.75),

@@ -2,7 +2,8 @@
 
     python -m extras.report runs/elpv
 
-Reads scores.csv, metrics.json and log.jsonl of each run; writes roc.png, scores.png and training.png there, and p_values.png, where extras.predict has left a predict.pt. Also holds helpers for tables of results.
+Reads scores.csv, metrics.json and log.jsonl of each run; writes roc.png, scores.png and training.png there,
+and p_values.png where extras.predict has left a predict.pt. Also holds helpers for tables of results.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def insert(path, rows, key):
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != columns:
-                raise SystemExit(f"{path} is another table: its columns are {reader.fieldnames}, not {columns}")
+                raise SystemExit(f"{path} is another table: it has {reader.fieldnames}, not {columns}")
             for row in reader:
                 add(row)
     for row in rows:
@@ -129,7 +130,7 @@ def score_histograms(figure, labels, scores, groups):
 
 
 def training_curves(figure, log):
-    """Stage 1: loss, also of held-out images by range of t. Stage 2: losses, shift accuracy, choose's AUROCs."""
+    """Stage 1: loss, and held-out by range of t. Stage 2: losses, shift accuracy, AUROCs of extras.choose."""
     figure.set_size_inches(12, 3)
     panels = (("stage 1", ["diffusion"], ("loss", "held_")),
               ("stage 2: loss", ["dia"], ("loss", "contrastive")),
@@ -149,7 +150,8 @@ def p_value_plot(figure, labels, p, n, fpr=0.05):
     axes = figure.subplots()
     for label, word in ((0, "test normals"), (1, "anomalies")):
         values = np.sort(p[labels == label])
-        axes.step(values, np.arange(1, len(values) + 1) / len(values), where="post", label=word)
+        shares = np.arange(1, len(values) + 1) / len(values)
+        axes.step([0, *values, 1], [0, *shares, 1], where="post", label=word)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axes.axvline(fpr, color="grey", linestyle=":", label=f"--fpr {fpr:g}")
     axes.set(xlabel="p-value a", ylabel="share with p up to a", title=f"{n} calibration normals")

@@ -1,11 +1,11 @@
 """The study's tables and plots, from the csv files in this folder alone: no number in them is typed by hand.
 
-    python -m study.results                     # rewrites the tables; draws the plots, if matplotlib is installed
-    python -m study.results runs/elpv ...       # first adds runs that evaluate.py has scored; a run there is replaced
+    python -m study.results                     # rewrites the tables; draws the plots, if matplotlib is there
+    python -m study.results runs/elpv ...       # first adds runs that evaluate.py has scored
 
-What stands between `<!-- study: NAME -->` and `<!-- end -->` in README.md here is replaced. probe.csv was written by
-study/probe.py. Runs are grouped by their settings, stage 1's aside. A run's figures by `local` are taken from what
-`python -m extras.predict RUN --test` found, those on synthetic defects from what `python -m extras.choose RUN` did.
+What stands between `<!-- study: NAME -->` and `<!-- end -->` in README.md here is replaced. Runs are grouped
+by their settings, stage 1's aside. A run's figure by `local` is what `python -m extras.predict RUN --test`
+found, those on synthetic defects are of `python -m extras.choose RUN`; either may be missing.
 """
 
 import argparse
@@ -20,39 +20,41 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+import dia_lib
 import train_dia
-from dia_lib import data_name, pick_device, run
 from evaluate import within_groups
 from extras.report import insert, markdown, mean_minutes, processor, put, spread
 
 HERE = Path(__file__).parent
-SCORES = ("csi", "cos", "local")         # of the tables, and what extras.choose calls them on synthetic defects:
-VALIDATION = {"csi": "val_auroc", "cos": "val_cos", "local": "val_local"}
-MODES = ["diffusion", "residual", "gaussian", "median", "resize", "copy", "none"]   # residual: of old rows alone
+SCORES = ("csi", "cos", "local")
+VALIDATION = {"csi": "val_auroc", "cos": "val_cos", "local": "val_local"}           # in rows of extras.choose
+MODES = ["diffusion", "residual", "gaussian", "median", "resize", "copy", "none"]   # residual: old rows alone
 NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)", "none, as long": "CSI for as many seconds"}
 TABLED = [*MODES, "none, as long"]       # the lines of a table
-PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"), ("diffusion", "copy"),
-         ("resize", "none"), ("residual", "none"), ("residual", "copy"), ("gaussian", "none"), ("median", "none"),
-         ("gaussian", "diffusion"), ("median", "diffusion")]
-USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}   # what every run of the study has
-SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"       # the settings of the plots
+PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"),
+         ("diffusion", "copy"), ("resize", "none"), ("residual", "none"), ("residual", "copy"),
+         ("gaussian", "none"), ("median", "none"), ("gaussian", "diffusion"), ("median", "diffusion")]
+USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run has
+SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"                   # the settings of the plots
 SUMMARY = {"400 steps, weight 1,000": SHOWN,
            "the same, nothing resized": "400 steps, dissolve_size=64, twin_weight=1000.0",
            "the same, 96 px": "400 steps, image_size=96, twin_weight=1000.0", "2,000 steps, weight 1": LONGER}
 AS_LONG = {SHOWN: "620 steps"}          # CSI with as many seconds as DIA at that setting, not as many steps
-USED_BY = {"twin_weight": {*MODES} - {"none"}, "dissolve_size": {*MODES} - {"none", "copy"}, "gain": {"residual"},
-           "t_range": {"diffusion", "residual"}, "twins": {*MODES} - {"none"}}  # flags that do nothing elsewhere
-APART = {"data", "seed", "diffusion", "dissolve", "save_every"}     # flags with columns of their own, or no effect
+USED_BY = {"twins": {*MODES} - {"none"}, "twin_weight": {*MODES} - {"none"}, "gain": {"residual"},
+           "dissolve_size": {*MODES} - {"none", "copy"},
+           "t_range": {"diffusion", "residual"}}                        # flags that do nothing in other modes
+APART = {"data", "seed", "dissolve", "diffusion", "save_every"}         # in other columns, or without effect
 SEEDS = range(10)                       # for reporting; choices are made with others
-
 csv.field_size_limit(2 ** 31 - 1)       # a row of results-scores.csv has the scores of all test images
+
+# ---- Adding runs -----------------------------------------------------------------------------------------
 
 
 def code_version():
     """The commit this code is at, with a + if *.py files differ from it; "" where that can't be told."""
     def git(*words):
-        return subprocess.run(["git", "-C", str(Path(__file__).parents[1]), *words], capture_output=True, text=True,
-                              timeout=10, check=True).stdout
+        return subprocess.run(["git", "-C", str(Path(__file__).parents[1]), *words], capture_output=True,
+                              text=True, timeout=10, check=True).stdout
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
@@ -67,73 +69,86 @@ def run_key(settings, step):
     settings: those in its dia.pt; step: that of its weights.
     """
     s, mode = settings, settings["dissolve"]
-    paper = train_dia.arguments(["--out", os.devnull])[0].given                     # where no run can be
+    paper = train_dia.arguments(["--out", os.devnull])[0].given             # where no run can be
     idle = APART | {flag for flag, modes in USED_BY.items() if mode not in modes}
     words = {k: v for k, v in s["given"].items() if v != paper[k] and k not in idle}
     words["steps"] = s["steps"]
     if mode in USED_BY["dissolve_size"] and s["dissolve_size"] != 32:
         words["dissolve_size"] = s["dissolve_size"]
-    # since commit ff45be6 other normals are held out and other random numbers drawn: not to be mixed with older rows
+    # Since commit ff45be6 other normals are held out and random numbers are drawn in another order: this word
+    # keeps this version's runs apart from older ones, whatever their settings.
     words["draws"] = 2
     if mode == "diffusion":
-        words |= {f"stage1_{k}": v for k, v in s["stage1"].items() if k not in ("holdout", "normal_class")
-                  and (k, v) != ("seed", s["seed"])}
+        words |= {f"stage1_{k}": v for k, v in s["stage1"].items()      # what stages share is not said twice
+                  if k not in ("holdout", "normal_class") and (k, v) != ("seed", s["seed"])}
     text = " ".join(f"{k}={'-'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in words.items())
-    return {"data": data_name(s["data"]), "dissolve": mode, "settings": text, "seed": s["seed"], "steps": step}
+    return {"data": dia_lib.data_name(s["data"]), "dissolve": mode, "settings": text, "seed": s["seed"],
+            "steps": step}
+
+
+def read_log(out, step):
+    """Minutes of stage 2 up to a step, and what extras.choose found at it, {} where it wasn't asked."""
+    folders = [out.parent, out] if out.name == f"step-{step}" else [out]    # --save-every's: the log is above
+    rows = [json.loads(line) for path in (folder / "log.jsonl" for folder in folders) if path.is_file()
+            for line in path.read_text().splitlines()]
+    seconds = [r["seconds"] for r in rows if r["stage"] == "dia" and r["step"] <= step and "seconds" in r]
+    chosen = [r for r in rows if r["stage"] == "choose" and r["step"] == step]
+    return seconds[-1] / 60 if seconds else None, chosen[-1] if chosen else {}
 
 
 def add(out, chip):
-    """Add a run that evaluate.py has scored to the two tables, a row a score; a run there already is replaced.
+    """Add a run that evaluate.py has scored to both tables, in place of its rows where it is there already.
 
-    out: its folder, or a step-N in it; chip: the processor it was trained on. Floors get rows of their own.
+    out: its folder, or a step-N of --save-every; chip: the processor it was trained on. A row a score, and
+    one for each floor. Exits where the run's files are missing or do not belong together.
     """
     for name in ("metrics.json", "scores.csv"):
         if not (out / name).is_file():
-            raise SystemExit(f"{out} has no {name}: run python evaluate.py --out {out} first.")
+            raise SystemExit(f"{out} has no {name}: run evaluate.py --out {out} first.")
     metrics = json.loads((out / "metrics.json").read_text())
-    s = metrics["settings"]
+    s, step = metrics["settings"], metrics.get("step")
     if metrics.get("score") != "csi" or s.get("format") != 2:
-        raise SystemExit(f"{out}/metrics.json is not of this version's evaluate.py: run it on that folder again.")
+        raise SystemExit(f"{out}/metrics.json is not of this version of evaluate.py: score the run again.")
     with open(out / "scores.csv", newline="") as file:
         images = list(csv.DictReader(file))
     labels, groups = np.array([int(i["label"]) for i in images]), [i["group"] for i in images]
-    log = [json.loads(line) for folder in (out.parent, out) if folder == out or out.name == f"step-{metrics['step']}"
-           for line in ((folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").is_file() else ())]
-    seconds = [r["seconds"] for r in log if r["stage"] == "dia" and r["step"] <= metrics["step"] and "seconds" in r]
-    chosen = [r for r in log if r["stage"] == "choose" and r["step"] == metrics["step"]]
+    minutes, chosen = read_log(out, step)
+    key, rows, each = run_key(s, step), [], []
+    blank = dict.fromkeys([*key, "score", "minutes", "val_auroc", "auroc", "ap", "within_group_auroc",
+                           "commit", "processor"])                          # the columns of results.csv
+    mine = {**blank, **key, "minutes": minutes, "commit": code_version(), "processor": chip}
 
-    key = run_key(s, metrics["step"])
-    blank = dict.fromkeys(key, "")
-    rows, each = [], [{**blank, "data": key["data"], "score": "labels", "values": " ".join(map(str, labels))}]
     for score, column in (("csi", "score"), ("cos", "cos")):
         values = np.array([float(i[column]) for i in images])
-        within = within_groups(labels, values, groups)
-        rows.append({**key, "score": score, "minutes": seconds[-1] / 60 if seconds else None, "val_auroc": None,
+        within = within_groups(labels, values, groups).values()
+        rows.append({**mine, "score": score, "val_auroc": chosen.get(VALIDATION[score]),
                      "auroc": roc_auc_score(labels, values), "ap": average_precision_score(labels, values),
-                     "within_group_auroc": statistics.fmean(within.values()) if within else None,
-                     "commit": code_version(), "processor": chip})
+                     "within_group_auroc": statistics.fmean(within) if within else None})
         each.append({**key, "score": score, "values": " ".join(f"{v:.7g}" for v in values)})
     if (out / "decisions.json").is_file():
         found = json.loads((out / "decisions.json").read_text())
         if abs(found["csi"]["auroc"] - rows[0]["auroc"]) > 1e-3:
-            raise SystemExit(f"{out}/decisions.json is of other weights, or --passes, than scores.csv: run python -m "
-                             f"extras.predict {out} --test again.")
-        rows.append({**rows[0], "score": "local", "auroc": found["local"]["auroc"], "ap": None,
-                     "within_group_auroc": None})
-    for row in rows:
-        row["val_auroc"] = chosen[-1][VALIDATION[row["score"]]] if chosen else None
-    for name, value in metrics["floors_auroc"].items():
-        mine = {"seed": s["seed"], "score": "csi"} if "untrained" in name else {}
-        rows.append({**dict.fromkeys(rows[0], ""), "data": key["data"], "dissolve": f"floor: {name}", "steps": 0,
-                     "settings": f"image_size={s['image_size']} holdout={s['holdout']} draws=2", "auroc": value, **mine})
-    rows = [{k: "" if v is None else f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+            raise SystemExit(f"{out}/decisions.json is of other weights, or --passes, than scores.csv: run "
+                             f"python -m extras.predict {out} --test --passes {metrics['passes']} again.")
+        rows.append({**mine, "score": "local", "val_auroc": chosen.get(VALIDATION["local"]),
+                     "auroc": found["local"]["auroc"]})
+    for name, auroc in metrics["floors_auroc"].items():
+        seeded = {"seed": s["seed"], "score": "csi"} if "untrained" in name else {}
+        rows.append({**blank, "data": key["data"], "dissolve": f"floor: {name}", "steps": 0, "auroc": auroc,
+                     "settings": f"image_size={s['image_size']} holdout={s['holdout']} draws=2", **seeded})
+    each.insert(0, {**dict.fromkeys(each[0], ""), "data": key["data"], "score": "labels",
+                    "values": " ".join(map(str, labels))})
 
     table = HERE / "results-scores.csv"
     known = read_scores(table, key["data"]).get("labels", labels) if table.exists() else labels
     if not np.array_equal(known, labels):
         raise SystemExit(f"{out} was scored on other test images than the runs on {key['data']} in {table}.")
-    insert(HERE / "results.csv", rows, [*key, "score"])
+    insert(HERE / "results.csv", [{k: "" if v is None else f"{v:.4f}" if isinstance(v, float) else v
+                                   for k, v in row.items()} for row in rows], [*key, "score"])
     insert(table, each, [*key, "score"])
+
+
+# ---- Reading them ----------------------------------------------------------------------------------------
 
 
 def describe(settings):
@@ -146,7 +161,7 @@ def describe(settings):
 
 
 def as_run(setting, mode):
-    """The setting that runs of a mode have where the others have `setting`: some have no twin, or no dissolve_size."""
+    """The setting of a mode's runs where others have `setting`: without the flags that do nothing in it."""
     if mode == "none, as long":
         return AS_LONG.get(setting, "")
     idle = "|".join(flag for flag, modes in USED_BY.items() if mode not in modes)
@@ -164,62 +179,16 @@ def is_tested(row):
 
 
 def read(path, data="elpv"):
-    """The rows of results.csv on one data set but the floors: seed, steps int, figures float or None; setting, last."""
+    """The rows of results.csv on one data set but floors, with setting and last; figures float or None."""
     with open(path, newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["data"] == data and not r["dissolve"].startswith("floor")]
+        rows = [r for r in csv.DictReader(file) if r["data"] == data and "floor" not in r["dissolve"]]
     for row in rows:
         row["setting"] = describe(row["settings"])
         row["last"] = is_last(row)
         row |= {k: int(row[k]) for k in ("seed", "steps")}
-        row |= {k: float(row[k]) if row[k] else None for k in ("minutes", "val_auroc", "auroc", "within_group_auroc")}
+        row |= {k: float(row[k]) if row[k] else None
+                for k in ("minutes", "val_auroc", "auroc", "within_group_auroc")}
     return rows
-
-
-def tested(rows, mode, setting, score):
-    """The rows of the reporting runs of a mode and setting that have a test AUROC, at the last step or on the way."""
-    wanted = mode.split(",")[0], as_run(setting, mode), score
-    return [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == wanted and is_tested(r)]
-
-
-def of(rows, mode, setting, score):
-    """{seed: row} of the reporting runs of a mode and setting that were tested at their last step."""
-    found = [r for r in tested(rows, mode, setting, score) if r["last"]]
-    if len({r["seed"] for r in found}) < len(found):
-        raise SystemExit(f"results.csv: several runs of {mode}, {setting}, with the same seed: they differ in stage 1.")
-    return {r["seed"]: r for r in found}
-
-
-def settings_tested(rows):
-    """The settings with a reporting run, fewest steps first; not those whose runs all stand in the table of another."""
-    ran = {(r["dissolve"], r["setting"]) for r in rows if r["last"] and is_tested(r)}
-    beside = {(mode.split(",")[0], as_run(s, mode)) for _, s in ran for mode in TABLED if as_run(s, mode) != s}
-    return sorted({s for _, s in ran - beside}, key=lambda s: (int(s.split()[0]), s))
-
-
-def contrast(rows, setting):
-    """The table of one setting: a line a mode; by each score the mean over seeds, and each seed's test AUROC."""
-    table = []
-    for mode in TABLED:
-        runs = [of(rows, mode, setting, score) for score in SCORES]
-        if any(runs):
-            each = [", ".join(f"{by[s]['auroc']:.3f}" for s in sorted(by)) for by in runs]
-            means = [spread(r["auroc"] for r in by.values()) for by in runs]
-            table.append([NAMES.get(mode, f"`{mode}`"), ", ".join(map(str, sorted(runs[0]))),
-                          *(values and f"**{mean}** ({values})" for mean, values in zip(means, each, strict=True)),
-                          spread(r["within_group_auroc"] for r in runs[-1].values()),
-                          " / ".join(spread(r["val_auroc"] for r in by.values()).split(" ")[0] for by in runs),
-                          mean_minutes((r["minutes"], r["processor"]) for r in runs[0].values())])
-    return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES),
-                     f"within mono and poly, `{SCORES[-1]}`",
-                     "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
-
-
-def summary(rows):
-    """The table of the settings of SUMMARY: a line for each and each score, a column a mode, the mean test AUROC."""
-    modes = [m for m in MODES if any(of(rows, m, s, SCORES[0]) for s in SUMMARY.values())]
-    lines = [[name, f"`{score}`", *(spread(r["auroc"] for r in of(rows, m, s, score).values()) or "not run"
-                                    for m in modes)] for name, s in SUMMARY.items() for score in SCORES]
-    return markdown(["setting", "score", *(NAMES.get(m, f"`{m}`") for m in modes)], lines)
 
 
 def floors(path, data="elpv"):
@@ -229,64 +198,126 @@ def floors(path, data="elpv"):
         for row in csv.DictReader(file):
             mine = row["data"] == data and row["seed"] in ("", *map(str, SEEDS))
             if mine and row["dissolve"].startswith("floor: "):
-                name = row["dissolve"].removeprefix("floor: ") + (f", `{row['score']}`" if row["score"] else "")
+                by = f", `{row['score']}`" if row["score"] else ""
+                name = row["dissolve"].removeprefix("floor: ") + by
                 words = dict(word.split("=") for word in row["settings"].split())
                 size = f"{words['image_size']} px" + (f", draws={words['draws']}" if "draws" in words else "")
                 found.setdefault((name, size), []).append(float(row["auroc"]))
     return dict(sorted(found.items()))
 
 
-def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
-    """Difference of mean AUROC, first - second, and its 95% percentile interval: over test images and over seeds, paired.
+def key_of(row):
+    """What tells a run and score from others in both tables."""
+    return row["data"], row["dissolve"], row["settings"], int(row["seed"]), int(row["steps"]), row["score"]
 
-    labels: (Q,) 0 or 1; first, second: (S, Q) scores of S runs each, of the same seeds in the same order. Images are
-    drawn anew within each label, and seeds among the S, the same for both sides. Returns (difference, low, high).
+
+def read_scores(path, data="elpv"):
+    """results-scores.csv on one data set as {key_of a row: (Q,) array}, and {"labels": (Q,)}."""
+    with open(path, newline="") as file:
+        return {"labels" if r["score"] == "labels" else key_of(r): np.array(r["values"].split(), float)
+                for r in csv.DictReader(file) if r["data"] == data}
+
+
+def read_probes(path, setting, data="elpv"):
+    """The rows of probe.csv on one data set, of the reporting seeds, at one setting."""
+    with open(path, newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["data"] == data and is_last(r)]
+    return [r for r in rows if int(r["seed"]) in SEEDS
+            and describe(r["settings"]) == as_run(setting, r["dissolve"])]
+
+
+def tested(rows, mode, setting, score):
+    """The reporting runs' rows of a mode and setting with a test AUROC, at the last step or on the way."""
+    wanted = mode.split(",")[0], as_run(setting, mode), score
+    return [r for r in rows if (r["dissolve"], r["setting"], r["score"]) == wanted and is_tested(r)]
+
+
+def of(rows, mode, setting, score):
+    """{seed: row} of the reporting runs of a mode and setting that were tested at their last step."""
+    found = [r for r in tested(rows, mode, setting, score) if r["last"]]
+    if len({r["seed"] for r in found}) < len(found):
+        raise SystemExit(f"results.csv: several runs of {mode}, {setting}, with the same seed: they differ "
+                         "in stage 1.")
+    return {r["seed"]: r for r in found}
+
+
+def settings_tested(rows):
+    """Settings with a reporting run, fewest steps first; not those whose runs all stand in other tables."""
+    ran = {(r["dissolve"], r["setting"]) for r in rows if r["last"] and is_tested(r)}
+    beside = {(mode.split(",")[0], as_run(s, mode)) for _, s in ran for mode in TABLED
+              if as_run(s, mode) != s}
+    return sorted({s for _, s in ran - beside}, key=lambda s: (int(s.split()[0]), s))
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------
+
+
+def contrast(rows, setting):
+    """The table of one setting: a line a mode; by each score the mean over seeds, and each seed's AUROC."""
+    table = []
+    for mode in TABLED:
+        runs = [of(rows, mode, setting, score) for score in SCORES]
+        if any(runs):
+            each = [", ".join(f"{by[s]['auroc']:.3f}" for s in sorted(by)) for by in runs]
+            means = [spread(r["auroc"] for r in by.values()) for by in runs]
+            synthetic = [spread(r["val_auroc"] for r in by.values()).split(" ")[0] for by in runs]
+            table.append([NAMES.get(mode, f"`{mode}`"), ", ".join(map(str, sorted(runs[0]))),
+                          *(m and f"**{m}** ({values})" for m, values in zip(means, each, strict=True)),
+                          spread(r["within_group_auroc"] for r in runs[-1].values()), " / ".join(synthetic),
+                          mean_minutes((r["minutes"], r["processor"]) for r in runs[0].values())])
+    return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES),
+                     f"within mono and poly, `{SCORES[-1]}`",
+                     "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
+
+
+def summary(rows):
+    """The table of the settings of SUMMARY: a line for each and each score, a column a mode, mean AUROCs."""
+    modes = [m for m in MODES if any(of(rows, m, s, SCORES[0]) for s in SUMMARY.values())]
+    lines = [[name, f"`{score}`", *(spread(r["auroc"] for r in of(rows, m, s, score).values()) or "not run"
+                                    for m in modes)] for name, s in SUMMARY.items() for score in SCORES]
+    return markdown(["setting", "score", *(NAMES.get(m, f"`{m}`") for m in modes)], lines)
+
+
+def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
+    """Difference of mean AUROC, first - second, and its 95% interval over test images and seeds, paired.
+
+    labels: (Q,) 0 or 1; first, second: (S, Q) scores of S runs each, of the same seeds in the same order.
+    Images are drawn anew within each label, and seeds among the S, the same for both sides; the interval is
+    between percentiles. Returns (difference, low, high).
     """
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
 
-    def wins(scores):                                       # (anomalies, normals): 1 where ranked right, 1/2 where tied
+    def wins(scores):                       # (anomalies, normals): 1 where ranked right, 1/2 where tied
         a, n = scores[labels == 1][:, None], scores[labels == 0][None]
         return (a > n) + 0.5 * (a == n)
 
     gaps = [wins(np.asarray(a)) - wins(np.asarray(b)) for a, b in zip(first, second, strict=True)]
     A, N = gaps[0].shape
-    wa = rng.multinomial(A, np.full(A, 1 / A), resamples) / A                                   # (resamples, A)
+    wa = rng.multinomial(A, np.full(A, 1 / A), resamples) / A                               # (resamples, A)
     wn = rng.multinomial(N, np.full(N, 1 / N), resamples) / N
-    each = np.stack([((wa @ gap) * wn).sum(1) for gap in gaps], 1)                              # (resamples, S)
+    each = np.stack([((wa @ gap) * wn).sum(1) for gap in gaps], 1)                          # (resamples, S)
     ws = rng.multinomial(len(gaps), np.full(len(gaps), 1 / len(gaps)), resamples) / len(gaps)
     low, high = np.quantile((each * ws).sum(1), [0.025, 0.975])
     return float(np.mean([gap.mean() for gap in gaps])), float(low), float(high)
 
 
 def comparisons(rows, scores, setting):
-    """The paired differences of PAIRS at one setting, by each score, over the seeds that both sides have scores of."""
+    """The paired differences of PAIRS at one setting, by each score, over seeds with scores on both sides."""
     table = []
     for first, second in PAIRS:
         cells, paired = [], []
         for score in SCORES:
-            a, b = ({seed: scores[key(row)] for seed, row in of(rows, mode, setting, score).items() if key(row) in scores}
-                    for mode in (first, second))
-            seeds = sorted(set(a) & set(b))
-            if seeds:
-                gap, low, high = paired_bootstrap(scores["labels"], [a[s] for s in seeds], [b[s] for s in seeds])
-                paired = seeds
-            cells.append(f"{gap:+.3f} ({low:+.3f} to {high:+.3f})" if seeds else "")
+            a, b = ({seed: scores[key_of(row)] for seed, row in of(rows, mode, setting, score).items()
+                     if key_of(row) in scores} for mode in (first, second))     # `local` may have none
+            cells.append("")
+            if seeds := sorted(set(a) & set(b)):
+                sides = ([side[seed] for seed in seeds] for side in (a, b))
+                gap, low, high = paired_bootstrap(scores["labels"], *sides)
+                cells[-1], paired = f"{gap:+.3f} ({low:+.3f} to {high:+.3f})", seeds
         if paired:
-            names = ", ".join(map(str, paired)) + (" (images only)" if len(paired) == 1 else "")
-            table.append([f"{first} - {second}", names, *cells])
+            seeds = ", ".join(map(str, paired)) + (" (images only)" if len(paired) == 1 else "")
+            table.append([f"{first} - {second}", seeds, *cells])
     return markdown(["difference of AUROC, 95% interval", "seeds", *(f"`{s}`" for s in SCORES)], table)
-
-
-def key(row):
-    """What tells a run and score from others in both tables."""
-    return row["data"], row["dissolve"], row["settings"], int(row["seed"]), int(row["steps"]), row["score"]
-
-
-def read_scores(path, data="elpv"):
-    """results-scores.csv on one data set as {key: (Q,) array}, and {"labels": (Q,)}."""
-    with open(path, newline="") as file:
-        return {"labels" if r["score"] == "labels" else key(r): np.array(r["values"].split(), float)
-                for r in csv.DictReader(file) if r["data"] == data}
 
 
 def search(rows):
@@ -294,16 +325,42 @@ def search(rows):
     found = {}
     for r in rows:
         if r["last"] and r["seed"] not in SEEDS and r["val_auroc"] is not None:
-            scores = found.setdefault(r["setting"], {}).setdefault(r["dissolve"], {})
-            scores.setdefault(r["score"], []).append(r["val_auroc"])
+            by = found.setdefault(r["setting"], {}).setdefault(r["dissolve"], {s: [] for s in SCORES})
+            by[r["score"]].append(r["val_auroc"])
     modes = [m for m in MODES if any(m in by for by in found.values())]
     return markdown([" / ".join(f"`{s}`" for s in SCORES), *(f"`{m}`" for m in modes)],
-                    [[name, *(" / ".join(spread(by[m].get(s, ())) for s in SCORES) if m in by else "" for m in modes)]
+                    [[name, *(" / ".join(spread(by[m][s]) for s in SCORES) if m in by else "" for m in modes)]
                      for name, by in found.items()])
 
 
+def similarities(probes):
+    """Mean cosine of a held-out normal to its altered selves, by the mode its encoder was trained with."""
+    kinds = [k for k in probes[0] if k.startswith("sim_")]
+    lines = [[NAMES.get(m, f"`{m}`"), ", ".join(sorted(r["seed"] for r in runs)),
+              *(f"{statistics.fmean(float(r[k]) for r in runs):.2f}" for k in kinds)]
+             for m in MODES if (runs := [r for r in probes if r["dissolve"] == m])]
+    return markdown(["trained with", "seeds", *(k.removeprefix("sim_") for k in kinds)], lines)
+
+
+def page():
+    """README.md with its tables as the csv files have them."""
+    rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
+    tables = [f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}"
+              for s in settings_tested(rows)]
+    tables.append(markdown(["floor", "images", "seeds", "AUROC"], [
+        [*name, str(len(values)), spread(values)] for name, values in floors(HERE / "results.csv").items()]))
+    probed = [f"**{s}**\n\n{similarities(read_probes(HERE / 'probe.csv', s))}" for s in (SHOWN, LONGER)]
+    text = put((HERE / "README.md").read_text(), "summary", summary(rows))
+    text = put(text, "contrast", "\n\n".join(tables))
+    text = put(text, "probe", "\n\n".join(probed))
+    return put(text, "search", search(rows))
+
+
+# ---- Plots -----------------------------------------------------------------------------------------------
+
+
 def plot_contrast(path, rows, settings):
-    """Test AUROC of every mode: a line of panels for each of {name: setting}, a panel a score, a dot a seed, a bar the mean."""
+    """Test AUROC of every mode: a line of panels for each {name: setting}, a panel a score, a dot a seed."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 0.4 + 2.4 * len(settings)), layout="constrained")
     modes = [m for m in MODES if any(of(rows, m, s, SCORES[0]) for s in settings.values())]
@@ -313,8 +370,9 @@ def plot_contrast(path, rows, settings):
             for i, mode in enumerate(modes):
                 values = [r["auroc"] for r in of(rows, mode, setting, score).values()]
                 if values:
-                    axes.plot([i] * len(values), values, "o", color=f"C{MODES.index(mode)}", alpha=0.7)
-                    axes.plot([i - 0.3, i + 0.3], [statistics.fmean(values)] * 2, color=f"C{MODES.index(mode)}")
+                    colour, mean = f"C{MODES.index(mode)}", statistics.fmean(values)
+                    axes.plot([i] * len(values), values, "o", color=colour, alpha=0.7)
+                    axes.plot([i - 0.3, i + 0.3], [mean, mean], color=colour)
             axes.set(xticks=range(len(modes)), xticklabels=modes)
             axes.tick_params(axis="x", rotation=30)
         line[0].set_ylabel(f"test AUROC\n{name}")
@@ -324,7 +382,7 @@ def plot_contrast(path, rows, settings):
 
 
 def curves(rows, mode, setting, score):
-    """{seed: its rows, by steps} of the reporting runs of a mode and setting, tested at the last step or on the way too."""
+    """{seed: its rows, by steps} of the reporting runs of a mode and setting, with those kept on the way."""
     found = {}
     for r in sorted(tested(rows, mode, setting, score), key=lambda r: r["steps"]):
         found.setdefault(r["seed"], []).append(r)
@@ -332,7 +390,7 @@ def curves(rows, mode, setting, score):
 
 
 def plot_curves(path, rows, setting):
-    """Test AUROC over steps (above) and over minutes of stage 2 (below): a line a run, by the weights kept on the way.
+    """Test AUROC over steps (above) and over minutes of stage 2 (below): a line a run, by the weights kept.
 
     A run of which only the last step was tested is a dot above and is left out below.
     """
@@ -344,8 +402,8 @@ def plot_curves(path, rows, setting):
                 runs = list(curves(rows, mode, setting, score).values())
                 runs = [[r for r in run if r[x] is not None] for run in runs if x == "steps" or len(run) > 1]
                 for i, run in enumerate(sorted(runs, key=len, reverse=True)):
-                    axes.plot([r[x] for r in run], [r["auroc"] for r in run], ".-", color=f"C{MODES.index(mode)}",
-                              label=None if i else mode)
+                    axes.plot([r[x] for r in run], [r["auroc"] for r in run], ".-",
+                              color=f"C{MODES.index(mode)}", label=None if i else mode)
             axes.set(title=f"score: {score}", xlabel=x)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
     for axes in figure.axes[::len(SCORES)]:
@@ -354,7 +412,7 @@ def plot_curves(path, rows, setting):
 
 
 def plot_sensitivity(path, probes, score):
-    """AUROC of held-out normals against themselves with a dark spot: a panel a contrast, a line a mode, over diameter."""
+    """AUROC of held-out normals against themselves with a dark spot, over its size; a panel a contrast."""
     from matplotlib.figure import Figure
     cells = [name.split("_")[1:] for name in probes[0] if name.startswith(f"{score}_")]
     contrasts = sorted({c for _, c in cells}, key=float)
@@ -364,7 +422,8 @@ def plot_sensitivity(path, probes, score):
         for i, mode in enumerate(MODES):
             runs = [r for r in probes if r["dissolve"] == mode]
             if runs:
-                means = [statistics.fmean(float(r[f"{score}_{d}_{contrast}"]) for r in runs) for d in diameters]
+                each = [[float(r[f"{score}_{d}_{contrast}"]) for r in runs] for d in diameters]
+                means = [statistics.fmean(values) for values in each]
                 axes.plot([100 * float(d) for d in diameters], means, color=f"C{i}", marker=".", label=mode)
         axes.set(title=f"{float(contrast):.0%} darker", xlabel="diameter, % of the side")
     figure.axes[0].legend()
@@ -372,56 +431,30 @@ def plot_sensitivity(path, probes, score):
     figure.savefig(path, dpi=110)
 
 
-def read_probes(path, setting, data="elpv"):
-    """The rows of probe.csv on one data set, of the reporting seeds, at one setting."""
-    with open(path, newline="") as file:
-        return [r for r in csv.DictReader(file) if r["data"] == data and int(r["seed"]) in SEEDS and is_last(r)
-                and describe(r["settings"]) == as_run(setting, r["dissolve"])]
-
-
-def similarities(probes):
-    """Mean cosine of a held-out normal to its altered selves, by the mode its encoder was trained with; means over runs."""
-    kinds = [k for k in probes[0] if k.startswith("sim_")]
-    lines = [[NAMES.get(m, f"`{m}`"), ", ".join(sorted(r["seed"] for r in runs)),
-              *(f"{statistics.fmean(float(r[k]) for r in runs):.2f}" for k in kinds)]
-             for m in MODES if (runs := [r for r in probes if r["dissolve"] == m])]
-    return markdown(["trained with", "seeds", *(k.removeprefix("sim_") for k in kinds)], lines)
-
-
-def page():
-    """README.md with its tables as the csv files have them."""
-    rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
-    tables = "\n\n".join(f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in settings_tested(rows))
-    lowest = [[*name, str(len(values)), spread(values)] for name, values in floors(HERE / "results.csv").items()]
-    tables += "\n\n" + markdown(["floor", "images", "seeds", "AUROC"], lowest)
-    probed = "\n\n".join(f"**{s}**\n\n{similarities(read_probes(HERE / 'probe.csv', s))}" for s in (SHOWN, LONGER))
-    text = (HERE / "README.md").read_text()
-    for name, table in (("summary", summary(rows)), ("contrast", tables), ("search", search(rows)), ("probe", probed)):
-        text = put(text, name, table)
-    return text
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs to add")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs to add, or step-N of "
+                        "--save-every; a run that is there already is replaced")
     parser.add_argument("--device", default="auto", help="where they were trained (default: auto)")
     args = parser.parse_args()
-    chip = processor(pick_device(args.device))
+    chip = processor(dia_lib.pick_device(args.device))
     for out in args.runs:
-        add(Path(out).resolve(), chip)
+        add(Path(out), chip)
+        print(f"added {out}")
     (HERE / "README.md").write_text(page())
-    print(f"added {len(args.runs)} runs; wrote the tables in {HERE / 'README.md'}")
+    print(f"wrote the tables in {HERE / 'README.md'}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         print("no plots: they need matplotlib (pip install matplotlib)")
         return
     rows, pictures = read(HERE / "results.csv"), HERE.parent / "pictures"
-    plot_contrast(pictures / "contrast.png", rows, {name: s for name, s in SUMMARY.items() if s in (SHOWN, LONGER)})
+    plot_contrast(pictures / "contrast.png", rows, {n: s for n, s in SUMMARY.items() if s in (SHOWN, LONGER)})
     plot_curves(pictures / "curves.png", rows, LONGER)
     plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv", SHOWN), "local")
     print(f"drew the plots in {pictures}")
 
 
 if __name__ == "__main__":
-    run(main, "nothing that was written before is lost")
+    dia_lib.run(main, "nothing that was written before is lost")

@@ -1,9 +1,9 @@
-"""A mutator of image and npz files, to find input that ends in a traceback, hangs, or takes much memory for a small file.
+"""A mutator of image and npz files: finds input that ends in a traceback, hangs, or takes much memory.
 
     python tests/mutate.py 5000 [seed]          # by hand; prints findings, and keeps their files in mutated/
 
-Each file is read as the scripts read it: it must give an image, or end with one sentence (SystemExit), within 5 s and with
-at most 1 GB more than the process has. The suite runs it over 200 files.
+Each file is read as the scripts read it: it must give an image, or end with one sentence (SystemExit), within
+5 s of a processor and with at most 1 GB more than the process has. The suite runs it over 200 files.
 """
 
 import io
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dia_data import _decode, _npz_items
+from dia_lib import decode, npz_items
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "bmp": "BMP", "tif": "TIFF", "webp": "WEBP", "pgm": "PPM"}
 
@@ -40,15 +40,17 @@ def originals():
                 pass                                        # a mode that this format does not have
     arrays = {"images": grey[:36].reshape(6, 15, 20), "labels": (np.arange(6) % 2).astype(np.uint8)}
     for save in (np.savez, np.savez_compressed):
-        save(file := io.BytesIO(), **{f"{split}_{what}": a for split in ("train", "test") for what, a in arrays.items()})
+        save(file := io.BytesIO(),
+             **{f"{split}_{what}": a for split in ("train", "val", "test") for what, a in arrays.items()})
         yield f"{save.__name__}.npz", file.getvalue()
 
 
 def bombs():
-    """Small files that claim much: images above and just below PIL's limit; npz with 1.6 GB of zeros, a false shape, objects."""
-    for mode, side in (("1", 20000), ("1", 12000), ("L", 9400), ("I;16", 9400), ("RGBA", 9400)):
-        Image.new(mode, (side, side)).save(file := io.BytesIO(), "PNG", compress_level=1)
-        yield f"{mode.replace(';', '')}-{side}.png", file.getvalue()
+    """Small files that claim much.
+
+    npz files of 1.6 GB of zeros, of a false shape, of objects; images above and just below PIL's limit, one in
+    colour.
+    """
     for name, images in (("zeros.npz", 1600), ("claim.npz", 2 ** 40)):
         small = {f"{split}_{what}": np.zeros((1, 8, 8)[:n], np.uint8) for split in ("train", "test")
                  for what, n in (("images", 3), ("labels", 1)) if (split, what) != ("train", "images")}
@@ -59,17 +61,23 @@ def bombs():
             for _ in range(images if name == "zeros.npz" else 1):
                 member.write(bytes(2 ** 20))
         yield name, file.getvalue()
-    np.savez(file := io.BytesIO(), **{f"{s}_{w}": np.array([{}]) for s in ("train", "test") for w in ("images", "labels")})
+    np.savez(file := io.BytesIO(),
+             **{f"{s}_{what}": np.array([{}]) for s in ("train", "test") for what in ("images", "labels")})
     yield "objects.npz", file.getvalue()
+    for mode, side, colour in (("1", 20000, 0), ("1", 12000, 0), ("L", 9400, 0), ("I;16", 9400, 0),
+                               ("RGBA", 9400, "red")):
+        Image.new(mode, (side, side), colour).save(file := io.BytesIO(), "PNG", compress_level=1)
+        yield f"{mode.replace(';', '')}-{side}.png", file.getvalue()
 
 
 def mutate(data, rng):
-    """The bytes with some changed, left out, doubled, zeroed, or put in; half of the times among the first, where headers are."""
+    """The bytes, some changed, left out, doubled or put in; half of the time among the first: headers."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 4)):
-        at, n = rng.randrange(rng.choice((len(data), min(len(data), 200))) or 1), rng.choice((1, 1, 2, 4, 8, 64))
-        part = data[at:at + n]
-        data[at:at + n] = rng.choice((b"", rng.randbytes(n), bytes(n), b"\xff" * n, part * 2, b"\x7f\xff\xff\xff", b"99999999"))
+        at = rng.randrange(rng.choice((len(data), min(len(data), 200))) or 1)
+        n = rng.choice((1, 1, 2, 4, 8, 64))
+        data[at:at + n] = rng.choice((b"", rng.randbytes(n), bytes(n), b"\xff" * n, data[at:at + n] * 2,
+                                      b"\x7f\xff\xff\xff", b"99999999"))
         if rng.random() < 0.1:
             del data[at:]
     return bytes(data)
@@ -77,28 +85,33 @@ def mutate(data, rng):
 
 def read(path):
     """None if the file is read, or refused with one sentence, in time; else what is wrong."""
-    begun = time.perf_counter()
+    begun = time.process_time()                             # not the clock's, which depends on the load
     try:
         sources = [path]
         if path.suffix == ".npz":
-            sources = [item.source for items in _npz_items(path, ("train", "test"), "0").values() for item in items]
+            splits = npz_items(path, ("train", "test"), 0)
+            sources = [item.source for items in splits.values() for item in items]
         for source in sources:
-            _decode(source, 32)
+            image = decode(source, 32)[0]
+            if image.dtype != np.uint8 or image.shape[0] not in (1, 3) or image.shape[1:] != (32, 32):
+                return f"decoded to {image.dtype} {image.shape}"
     except SystemExit as stop:
         if not isinstance(stop.code, str) or "\n" in stop.code or len(stop.code) > 600:
             return f"not a sentence: {stop.code!r}"
     except BaseException:
         return traceback.format_exc()
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     return f"{seconds:.1f} s" if seconds > 5 else None
 
 
 def hunt(folder, n, seed=0):
-    """Read the bombs and n mutated files; what is wrong, as [(name, what)]. Files that are read rightly are deleted."""
-    rng, sources, before, findings = random.Random(seed), list(originals()), resource.getrlimit(resource.RLIMIT_AS), []
-    files = [*bombs(), *((f"{i:05d}-{name}", mutate(data, rng)) for i, (name, data) in enumerate(rng.choices(sources, k=n)))]
-    if (statm := Path("/proc/self/statm")).exists():
-        has = int(statm.read_text().split()[0]) * resource.getpagesize()
+    """Read the bombs and n mutated files; what is wrong, as [(name, what)]. Other files are deleted."""
+    rng, before, findings = random.Random(seed), resource.getrlimit(resource.RLIMIT_AS), []
+    statm = Path("/proc/self/statm")
+    has = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else None
+    chosen = rng.choices(list(originals()), k=n)
+    files = [*bombs(), *((f"{i:05d}-{name}", mutate(data, rng)) for i, (name, data) in enumerate(chosen))]
+    if has:                                                 # counted before the bombs were made
         resource.setrlimit(resource.RLIMIT_AS, (has + 2 ** 30, before[1]))
     try:
         for name, data in files:

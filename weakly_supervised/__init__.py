@@ -1,1 +1,1 @@
-"""Anomaly detection with a few labelled anomalies, a method a file: `python -m weakly_supervised.wscxr --help`."""
+"""Anomaly detection by a few labelled anomalies, a method a file: python -m weakly_supervised.wscxr --help"""

@@ -121,9 +121,11 @@ def _lite(pretrained):
 
 
 def _in_float32(forward):
-    """The same, on a CPU in float32 also under autocast: gradients of depthwise convolutions that are strided
-    or 5x5 take 2 to 13 times as long in bfloat16 there (a training step of 53 images at 224 px 2.8 s instead
-    of 1.4, on two cores)."""
+    """The same, on a CPU in float32 also under autocast.
+
+    Gradients of depthwise convolutions that are strided or 5x5 take 2 to 13 times as long in bfloat16 there
+    (a training step of 53 images at 224 px 2.8 s instead of 1.4, on two cores).
+    """
     def convolve(x):
         if x.device.type != "cpu":
             return forward(x)

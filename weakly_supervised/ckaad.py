@@ -1,15 +1,15 @@
-"""CKAAD: an auto-encoder of feature maps that turns anomalous patches into normal ones, taught by a few labelled anomalies.
+"""CKAAD: an auto-encoder of feature maps, taught by labelled anomalies to make anomalous patches normal.
 
-"Boosting Fine-Grained Visual Anomaly Detection with Coarse-Knowledge-Aware Adversarial Learning" (AAAI 2025), with its equation
-numbers: an energy discriminator sets normal patches apart from reconstructed ones and from those of anomalous images, of which
-none is known to be anomalous itself. An image's map is the distance between its features and their reconstruction.
+"Boosting Fine-Grained Visual Anomaly Detection with Coarse-Knowledge-Aware Adversarial Learning" (AAAI 2025),
+with its equation numbers: an energy discriminator sets normal patches apart from reconstructed ones and from
+those of anomalous images, of which none is known to be anomalous itself. An image's map is the distance
+between its features and their reconstruction.
 """
 
 import argparse
 import itertools
 import math
 import re
-import time
 
 import numpy as np
 import torch
@@ -18,25 +18,32 @@ from torch import nn
 from torchvision.transforms.v2 import ElasticTransform
 from tqdm import tqdm
 
-from dia_lib import Log, autocast, batch_indices, check_batch, check_loss, precision, run
-from weakly_supervised.common import Checkpoint, Setting, cycle, finish, flags, load, results_of, runs_of, shots_flags, smoothed
+from dia_lib import Log, autocast, batch_indices, check_batch, check_loss, number, run
+from weakly_supervised.common import (
+    Checkpoint, Setting, cycle, finish, flags, load, results_of, runs_of, shots_flags, smoothed,
+)
 
-STRATEGIES = ("recon", "minus-anomaly", "gan", "image", "patch")            # Tab. 3: Recon, ReconSub, GAN, CKAImg, CKAPatch
+STRATEGIES = "recon", "minus-anomaly", "gan", "image", "patch"     # as in Tab. 3
 MARGIN, GAMMA = 5.0, 0.5                                                    # a and gamma of Eq. 11
 ENERGIES = ("energy_normal", "energy_anomalous", "energy_reconstructed")    # in log.jsonl
 
 
 class Block(nn.Module):
-    """Residual block of two convolutions with instance norm; stride 2 halves the map, up doubles it (2x2 transposed)."""
+    """Residual block of two convolutions with instance norm; stride 2 halves the map, up doubles it."""
 
     def __init__(self, cin, cout, stride=1, up=False, last=nn.ReLU):
         super().__init__()
-        first = nn.ConvTranspose2d(cin, cout, 2, 2, bias=False) if up else nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
-        self.body = nn.Sequential(first, norm(cout), nn.ReLU(), nn.Conv2d(cout, cout, 3, 1, 1, bias=False), norm(cout))
+
+        def first(side):
+            if up:
+                return nn.ConvTranspose2d(cin, cout, 2, 2, bias=False)
+            return nn.Conv2d(cin, cout, side, stride, side // 2, bias=False)
+
+        self.body = nn.Sequential(first(3), norm(cout), nn.ReLU(), nn.Conv2d(cout, cout, 3, 1, 1, bias=False),
+                                  norm(cout))
         self.shortcut, self.last = nn.Identity(), last()
         if up or stride > 1 or cin != cout:
-            other = nn.ConvTranspose2d(cin, cout, 2, 2, bias=False) if up else nn.Conv2d(cin, cout, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(other, norm(cout))
+            self.shortcut = nn.Sequential(first(1), norm(cout))
 
     def forward(self, x):
         return self.last(self.body(x) + self.shortcut(x))
@@ -47,27 +54,28 @@ def norm(channels):
 
 
 class AutoEncoder(nn.Module):
-    """Feature maps [(n, C_s, h_s, w_s), ...], each half the size of the one before -> their reconstructions.  Eq. 1.
+    """Maps [(n, C_s, h_s, w_s), ...], each half the size of the one before -> their reconstructions.  Eq. 1.
 
-    channels: C_s of each.  signed: the features are no ReLU's output, and may be negative.  sizes: the maps' root mean squares,
-    by which they are divided before they are fused: efficientnet_lite0's third is seven times its second. What is read of
-    reconstructions does not depend on their scale.
+    channels: C_s of each.  signed: the features are no ReLU's output, and may be negative.  sizes: the maps'
+    root mean squares, by which they are divided before they are fused: efficientnet_lite0's third is seven
+    times its second. What is read of reconstructions does not depend on their scale.
     """
 
     def __init__(self, channels, signed=False, sizes=None):
         super().__init__()
         deepest, depth = channels[-1], len(channels)
         self.register_buffer("sizes", torch.tensor(sizes or [1.0] * depth))
-        self.down = nn.ModuleList()                                         # each map to the size of the deepest
+        self.down = nn.ModuleList()                                      # each map to the size of the deepest
         for i, c in enumerate(channels):
-            halvings = depth - 1 - i
-            self.down.append(nn.Sequential(*[layer for j in range(halvings) for layer in (
-                nn.Conv2d(c * 2 ** j, c * 2 ** (j + 1), 3, 2, 1, bias=False), norm(c * 2 ** (j + 1)), nn.ReLU())]))
+            widths = [c * 2 ** j for j in range(depth - i)]
+            self.down.append(nn.Sequential(*[layer for cin, cout in itertools.pairwise(widths) for layer in (
+                nn.Conv2d(cin, cout, 3, 2, 1, bias=False), norm(cout), nn.ReLU())]))
         fused = sum(c * 2 ** (depth - 1 - i) for i, c in enumerate(channels))
         self.bottleneck = nn.Sequential(Block(fused, 2 * deepest, stride=2), Block(2 * deepest, 2 * deepest))
         self.up, cin = nn.ModuleList(), 2 * deepest
         for c in reversed(channels):
-            self.up.append(nn.Sequential(Block(cin, c, up=True), Block(c, c, last=nn.Identity if signed else nn.ReLU)))
+            last = nn.Identity if signed else nn.ReLU
+            self.up.append(nn.Sequential(Block(cin, c, up=True), Block(c, c, last=last)))
             cin = c
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
@@ -84,7 +92,7 @@ class AutoEncoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Energy >= 0 of each patch, or of each image: low for normal ones. Maps (n, C, h, w) -> (n, h*w), or (n, 1)."""
+    """Energy >= 0 of each patch, or image: low for normal ones. Maps (n, C, h, w) -> (n, h*w), or (n, 1)."""
 
     def __init__(self, channels, image=False):
         super().__init__()
@@ -102,12 +110,13 @@ class Discriminator(nn.Module):
 
 
 def reconstruction_loss(maps, found):
-    """Sum over layers of 1 - cos of the flattened maps, in the mean over images: lists of (n, C, h, w).  Eq. 2."""
-    return sum((1 - F.cosine_similarity(m.flatten(1), f.flatten(1))).mean() for m, f in zip(maps, found, strict=True))
+    """Sum over layers of 1 - cos of flattened maps, the mean over images: lists of (n, C, h, w).  Eq. 2."""
+    pairs = zip(maps, found, strict=True)
+    return sum((1 - F.cosine_similarity(m.flatten(1), f.flatten(1))).mean() for m, f in pairs)
 
 
 def discriminator_loss(normal, anomalous, generated, gamma=GAMMA, margin=MARGIN):
-    """Energies of normal, anomalous and generated patches, tensors of any shape -> scalar.  Eq. 8, 11; gamma 1: no anomalies."""
+    """Energies of patches, tensors of any shape -> scalar.  Eq. 8, 11; gamma 1: without the anomalies."""
     loss = normal.mean() + gamma * (margin - generated).relu().mean()
     return loss + (1 - gamma) * (margin - anomalous).relu().mean() if gamma < 1 else loss
 
@@ -115,7 +124,8 @@ def discriminator_loss(normal, anomalous, generated, gamma=GAMMA, margin=MARGIN)
 class CKAAD(nn.Module):
     """Auto-encoder and, for each layer, a discriminator; strategy: one of STRATEGIES.
 
-    Below, normal, anomalous and found are lists of feature maps [(n, C, h, w), ...]; found is what `reconstruct` gave of both.
+    Below, normal, anomalous and found are lists of feature maps [(n, C, h, w), ...]; found is what
+    `reconstruct` gave of both.
     """
 
     def __init__(self, channels, strategy="patch", signed=False, sizes=None):
@@ -123,27 +133,33 @@ class CKAAD(nn.Module):
         self.strategy, self.gamma = strategy, 1.0 if strategy == "gan" else GAMMA
         self.autoencoder = AutoEncoder(channels, signed, sizes)
         self.adversarial = strategy in ("gan", "image", "patch")
-        self.discriminators = nn.ModuleList([Discriminator(c, strategy != "patch") for c in channels] if self.adversarial else [])
+        self.discriminators = nn.ModuleList([Discriminator(c, strategy != "patch") for c in channels]
+                                            if self.adversarial else [])
 
     def reconstruct(self, normal, anomalous=None):
+        maps = [torch.cat(pair) for pair in zip(normal, anomalous, strict=True)] if anomalous else normal
         with autocast(normal[0].device):
-            return self.autoencoder([torch.cat(pair) for pair in zip(normal, anomalous, strict=True)] if anomalous else normal)
+            return self.autoencoder(maps)
 
     def energies(self, maps):
         with autocast(maps[0].device):
             return [d(m) for d, m in zip(self.discriminators, maps, strict=True)]
 
     def discriminator_loss(self, normal, anomalous, found):
-        """Sum over layers of Eq. 11 ("image": Eq. 8; "gan": without the anomalies' term); no gradient for the auto-encoder.
+        """Sum over layers of Eq. 11 ("image": Eq. 8; "gan": without the anomalies' term).
 
-        Also the mean energies of normal, anomalous and reconstructed patches, (3,), to be looked at.
+        No gradient for the auto-encoder. Also returns the mean energies of normal, anomalous and
+        reconstructed patches, (3,), to be looked at.
         """
         energies = [self.energies(maps) for maps in (normal, anomalous, [f.detach() for f in found])]
         loss = sum(discriminator_loss(*layer, self.gamma) for layer in zip(*energies, strict=True))
         return loss, torch.stack([torch.cat(kind, 1).detach().mean() for kind in energies])
 
     def loss(self, normal, anomalous, found, weight):
-        """What the auto-encoder learns by, Eq. 13 ("recon": Eq. 2; "minus-anomaly": Eq. 4); no gradient for discriminators."""
+        """What the auto-encoder learns by, Eq. 13 ("recon": Eq. 2; "minus-anomaly": Eq. 4).
+
+        No gradient for the discriminators.
+        """
         n = len(normal[0])
         loss = reconstruction_loss(normal, [f[:n] for f in found])
         if self.strategy == "minus-anomaly":
@@ -153,7 +169,7 @@ class CKAAD(nn.Module):
         self.discriminators.requires_grad_(False)
         energies = self.energies(found)
         self.discriminators.requires_grad_(True)
-        return loss + weight * self.gamma * sum(e.mean() for e in energies)  # the other terms of Eq. 12 do not depend on it
+        return loss + weight * self.gamma * sum(e.mean() for e in energies)     # what of Eq. 12 depends on it
 
 
 def anomaly_maps(maps, found):
@@ -171,11 +187,12 @@ def image_scores(whole):
 
     At a size of 256 the highest are 100, as released; at others as much of the image.
     """
-    return smoothed(whole).flatten(1).topk(max(1, round(100 * (whole.shape[-1] / 256) ** 2))).values.mean(1)
+    highest = max(1, round(100 * (whole.shape[-1] / 256) ** 2))
+    return smoothed(whole).flatten(1).topk(highest).values.mean(1)
 
 
 def scorer(setting, model, batch=32):
-    """How `finish` scores images: (n,), and the summed maps (n, size * size), which it smooths for pictures and pixel metrics."""
+    """How `finish` scores images: (n,), and the summed maps (n, size * size), which it smooths itself."""
     @torch.no_grad()
     def score(images):
         arrays, scores, wholes = setting.features(images), [torch.empty(0)], [torch.empty(0, 1)]
@@ -189,9 +206,10 @@ def scorer(setting, model, batch=32):
 
 
 def distorted(images, seed):
-    """Elastically distorted copies of normal images (n, C, H, W): anomalies where none is labelled (the paper's appendix).
+    """Elastically distorted copies of normal images (n, C, H, W): anomalies where none is labelled.
 
-    By torchvision's standards at 256 pixels but for alpha 200; at other sizes by as much of the image.
+    As in the paper's appendix, by torchvision's standards at 256 pixels but for alpha 200; at other sizes by
+    as much of the image.
     """
     part = images.shape[-1] / 256
     with torch.random.fork_rng(devices=[]):
@@ -203,17 +221,16 @@ def distorted(images, seed):
 def train(setting, model, normals, anomalies, out):
     """Train a CKAAD model on arrays of feature maps [(n, C, h, w), ...]; from OUT/ckaad.pt with --resume."""
     args, device = setting.args, setting.device
-    optimizer = torch.optim.Adam(model.autoencoder.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    critic = None
-    if model.adversarial:
-        critic = torch.optim.Adam(model.discriminators.parameters(), args.critic_lr, betas=(0.5, 0.999), fused=True)
-    checkpoint = Checkpoint(setting, out, model, {"optimizer": optimizer} | ({"critic": critic} if critic else {}),
-                            len(anomalies[0]))
-    start, seconds = checkpoint.load()
-    out.mkdir(parents=True, exist_ok=True)
-    n, epoch = len(normals[0]), len(normals[0]) // args.batch_size          # images, steps an epoch
-    steps, labelled = args.epochs * epoch, len(anomalies[0])
-    log, losses, begun = Log(out, "ckaad", start // epoch), [], time.perf_counter() - seconds
+    def adam(network, lr):
+        return torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True)
+
+    optimizer = adam(model.autoencoder, args.lr)
+    critic = adam(model.discriminators, args.critic_lr) if model.adversarial else None
+    n, labelled, epoch = len(normals[0]), len(anomalies[0]), len(normals[0]) // args.batch_size  # its steps
+    optimizers = {"optimizer": optimizer} | ({"critic": critic} if critic else {})
+    checkpoint = Checkpoint(setting, out, model, optimizers, labelled)
+    start, steps, losses = checkpoint.load(), args.epochs * epoch, []
+    log = Log(out, "ckaad", start // epoch)
     for step in tqdm(range(start, steps), args.strategy, steps, initial=start, unit="step", disable=None):
         x = load(normals, batch_indices(n, args.batch_size, args.seed, step).sort().values, device)
         y = load(anomalies, cycle(labelled, args.batch_size, args.seed, step), device) if labelled else None
@@ -233,11 +250,11 @@ def train(setting, model, normals, anomalies, out):
         if done % epoch == 0:
             values = torch.stack(losses).cpu()                              # (steps, 1 or 5)
             check_loss(values[:, 0].tolist(), done, args.lr, "--lr or --critic-lr" if critic else "--lr")
-            losses, seconds = [], time.perf_counter() - begun
-            log(done // epoch, show=False, seconds=round(seconds, 1),
+            losses = []
+            log(done // epoch, show=False, seconds=log.seconds(),
                 **dict(zip(("loss", "discriminator", *ENERGIES), values.mean(0).tolist(), strict=False)))
-            checkpoint.save(done, seconds, args.lr)
-    setting.begun = time.perf_counter() - seconds
+            checkpoint.save(done, args.lr)
+    setting.begun = log.begun
     return model.eval()
 
 
@@ -251,33 +268,38 @@ def percent(text):
 
 def main():
     parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], size=160))
-    parser.set_defaults(shots=None)                                         # 10 where neither they nor --labelled are given
-    parser.add_argument("--labelled", type=percent, nargs="+", metavar="P%", help="labelled anomalies, as shares of the training "
-                        "images, instead of --shots: 5%% of 1,012 normals are 53 (default: none)")
-    parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies serve for: nothing "
-                        "(recon), to be reconstructed badly, or one of three adversarial losses (default: patch)")
-    parser.add_argument("--lambda", dest="weight", type=float, default=0.02, help="weight of the adversarial loss; with "
-                        "minus-anomaly of the anomalies' reconstruction (default: 0.02)")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the normal images (default: 40)")
-    parser.add_argument("--batch-size", type=int, default=8, help="normal images a step, and as many anomalies (default: 8)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate for the auto-encoder (default: 1e-3)")
-    parser.add_argument("--critic-lr", type=float, default=1e-4, help="Adam's learning rate for the discriminators (default: "
-                        "1e-4)")
+    parser.set_defaults(shots=None)                           # 10 where neither they nor --labelled are given
+    parser.add_argument("--labelled", type=percent, nargs="+", metavar="P%",
+                        help="labelled anomalies, as shares of the training images, instead of --shots: 5%% "
+                        "of 1,012 normals are 53 (default: none)")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies "
+                        "serve for: nothing (recon), to be reconstructed badly, or one of three adversarial "
+                        "losses (default: patch)")
+    parser.add_argument("--lambda", dest="weight", type=number(float, 0), default=0.02, help="weight of the "
+                        "adversarial loss; in minus-anomaly of the anomalies' reconstruction (default: 0.02)")
+    parser.add_argument("--epochs", type=number(), default=40,
+                        help="passes over the normal images (default: 40)")
+    parser.add_argument("--batch-size", type=number(), default=8,
+                        help="normal images a step, and as many anomalies (default: 8)")
+    parser.add_argument("--lr", type=number(float, above=0), default=1e-3,
+                        help="Adam's learning rate for the auto-encoder (default: 1e-3)")
+    parser.add_argument("--critic-lr", type=number(float, above=0), default=1e-4,
+                        help="Adam's learning rate for the discriminators (default: 1e-4)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckaad.pt, with the same flags")
     setting = Setting(parser, "ckaad")
     args, data = setting.args, setting.data
     check_batch(args.batch_size, len(data.train))
-    if args.epochs < 1 or not 0 <= args.weight < math.inf or not all(0 < lr < math.inf for lr in (args.lr, args.critic_lr)):
-        raise SystemExit("--epochs needs at least 1, --lambda a number from 0 on, --lr and --critic-lr one above 0.")
     if args.layers != list(range(args.layers[0], args.layers[-1] + 1)):
         raise SystemExit(f"--layers {' '.join(map(str, args.layers))}: needs neighbours, as 2 3.")
     if args.labelled:
         if args.shots:
             raise SystemExit("--labelled and --shots say the same: leave one of them out.")
-        args.shots = [max(1, round(len(data.train) / (1 - share) - len(data.train))) for share in args.labelled]
+        normals = len(data.train)
+        args.shots = [max(1, round(normals / (1 - share) - normals)) for share in args.labelled]
     if args.strategy == "recon":                                            # is tested on all
         if args.shots:
-            raise SystemExit("--strategy recon learns from no labelled anomaly: leave --shots and --labelled out.")
+            raise SystemExit("--strategy recon learns from no labelled anomaly: leave --shots and --labelled "
+                             "out.")
         args.shots = [0]
     args.shots = args.shots or [10]
     runs = runs_of(setting, none=True)
@@ -285,13 +307,12 @@ def main():
     sides = [found.shape[2] for found in setting.backbone(blank, args.layers)]
     if any(a != 2 * b for a, b in itertools.pairwise(sides)) or sides[-1] % 2 or sides[-1] < 4:
         unit = 2 * 2 ** round(math.log2(setting.size / sides[-1]))
-        raise SystemExit(f"--image-size {setting.size}: the sides of the maps are {', '.join(map(str, sides))}; each must be "
-                         f"half the one before, and the last even and at least 4: take a multiple of {unit}, from {2 * unit} on.")
-    print(f"ckaad, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
-          f"{args.backbone} at {setting.size} px, layers {args.layers}, strategy {args.strategy}, {args.epochs} epochs, "
-          f"seed {args.seed}; {setting.device}, {precision(setting.device)}", flush=True)
+        raise SystemExit(f"--image-size {setting.size}: the sides of the maps are "
+                         f"{', '.join(map(str, sides))}; each must be half the one before, and the last even "
+                         f"and at least 4: take a multiple of {unit}, from {2 * unit} on.")
+    setting.say(f"strategy {args.strategy}", f"{args.epochs} epochs")
     maps, test = setting.begin()
-    some = [array[::-(-len(array) // 64)].astype(np.float32) for array in maps]                 # of up to 64 images
+    some = [array[::-(-len(array) // 64)].astype(np.float32) for array in maps]           # of up to 64 images
     signed, sizes = any((m < 0).any() for m in some), [float(np.square(m).mean() ** 0.5) for m in some]
     for out, chosen in runs:
         metrics = results_of(setting, out, len(chosen))

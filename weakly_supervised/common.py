@@ -1,6 +1,5 @@
 """What the methods of this folder share: flags, labelled anomalies, patch features, metrics, heat maps."""
 
-import argparse
 import csv
 import json
 import math
@@ -15,8 +14,8 @@ from sklearn.metrics import auc, f1_score, roc_auc_score, roc_curve
 from torchvision.transforms.functional import gaussian_blur
 
 from dia_lib import (
-    Log, check_weights, data_name, decode, load_checkpoint, load_data, number, pick_device, save_checkpoint,
-    save_grid, send, shared_flags, step_generator, to_float, whole,
+    Log, check_weights, data_name, decode, found, load_checkpoint, load_data, make_parser, number,
+    pick_device, precision, save_checkpoint, save_grid, send, shared_flags, step_generator, to_float, whole,
 )
 from evaluate import measure, tell
 from extras.choose import synthetic_defects
@@ -29,7 +28,7 @@ AGAIN = "the same command begins again, with the feature maps that are in the ca
 
 def flags(description, layers, aggregate=None, size=256):
     """The parser with the flags of all methods. Others: their defaults; aggregate None: no such flag."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = make_parser(description)
     parser.set_defaults(default_size=size)
     shared_flags(parser)
     parser.add_argument("--out", help="the folder for results, which must not hold any yet (default: "
@@ -89,6 +88,13 @@ class Setting:
         if len(set(self.labels)) != 2:
             raise SystemExit(f"{self.data.name}: the test images are all of one kind; an AUROC needs both "
                              "normal and anomalous.")
+
+    def say(self, *words):
+        """Print what was found, and what is about to be done."""
+        args, shots = self.args, ", ".join(map(str, getattr(self.args, "shots", ["no"])))
+        words = ", ".join(map(str, [*args.layers, *words, f"seed {args.seed}"]))
+        print(f"{found(self.data)}\n{self.method}, {shots} labelled anomalies, {args.backbone} at "
+              f"{self.size} px, layers {words}; {precision(self.device)}", flush=True)
 
     def features(self, images, name=None):
         """Feature maps of images (n, ...) uint8 at the layers asked for; see backbones.features."""
@@ -255,14 +261,14 @@ def validate(setting, score, held_scores):
 
     score: as in `finish`; held_scores: (n,) of the held-out normals that may choose. None without any.
     """
-    held, found = setting.data.held[~setting.data.calibration][:256], []
+    held, aurocs = setting.data.held[~setting.data.calibration][:256], []
     if not len(held):
         return None
     for i, kind in enumerate(("line", "patch")):
         defects = synthetic_defects(held, kind, step_generator("cpu", 0, "synthetic defects", i))
         scores = torch.cat([held_scores[:256], score(defects)[0]])
-        found.append(float(roc_auc_score([0] * len(held) + [1] * len(defects), scores)))
-    return sum(found) / 2
+        aurocs.append(float(roc_auc_score([0] * len(held) + [1] * len(defects), scores)))
+    return sum(aurocs) / 2
 
 
 def f1_accuracy(labels, decided):
@@ -299,11 +305,11 @@ def pixel_metrics(heat, masks, most=0.3):
     for weight, mask in zip(weights, masks.numpy(), strict=True):
         regions, _ = ndimage.label(mask, np.ones((3, 3)))
         weight[mask] = 1 / np.bincount(regions.ravel())[regions[mask]]
-    found, values = masks.numpy().ravel(), heat.numpy().ravel()
-    false, pro, _ = roc_curve(found, values, sample_weight=weights.ravel())
+    truth, values = masks.numpy().ravel(), heat.numpy().ravel()
+    false, pro, _ = roc_curve(truth, values, sample_weight=weights.ravel())
     within = false < most
     area = auc(np.append(false[within], most), np.append(pro[within], np.interp(most, false, pro)))
-    return {"pixel_auroc": float(roc_auc_score(found, values)), "pro": float(area / most)}
+    return {"pixel_auroc": float(roc_auc_score(truth, values)), "pro": float(area / most)}
 
 
 def finish(setting, score, out=None, shots=None, **more):
@@ -325,31 +331,31 @@ def finish(setting, score, out=None, shots=None, **more):
         apart = {name: float(roc_auc_score(labels[rows], scores[rows])) for name, rows in
                  (("auroc_seen_class", test[seen | normal]), ("auroc_all", test))}
         test = test[~seen | normal]
-    p = p_values(calibration, scores[test])
-    f1, accuracy = (None, None) if undecided else f1_accuracy(labels[test], p <= args.fpr)
-    best_f1, best_accuracy = youden(labels[test], scores[test])
+    mine, truth, p = scores[test], labels[test], p_values(calibration, scores[test])
+    f1, accuracy = (None, None) if undecided else f1_accuracy(truth, p <= args.fpr)
+    best_f1, best_accuracy = youden(truth, mine)
     metrics = {
-        **measure(labels[test], scores[test], groups[test]), **apart,
-        "decision": decisions(p, labels[test], args.fpr, n),
-        "val_auroc": validate(setting, score, held[~data.calibration]), **more, "f1_at_fpr": f1, "accuracy_at_fpr": accuracy,
+        **measure(truth, mine, groups[test]), "decision": decisions(p, truth, args.fpr, n), **apart,
+        "val_auroc": validate(setting, score, held[~data.calibration]), **more,
+        "f1_at_fpr": f1, "accuracy_at_fpr": accuracy,
         "f1_threshold_chosen_on_test": best_f1, "accuracy_threshold_chosen_on_test": best_accuracy,
         "shots": [] if shots is None else [data.paths[i] for i in shots],
         "settings": {**vars(args), "out": str(out), "method": setting.method, "changed": setting.changed,
                      "fingerprint": data.fingerprint},
         "seconds": round(time.perf_counter() - setting.begun, 1), "processor": processor(setting.device)}
-    masks = {i: mask for i in test[labels[test] == 1]
+    masks = {i: mask for i in test[truth == 1]
              if (mask := mask_of(args.data, data.paths[i], setting.size)) is not None}
     if masks:                                                          # anomalies without a mask are left out
         blank = torch.zeros(setting.size, setting.size, dtype=torch.bool)
-        masks |= dict.fromkeys(test[labels[test] == 0], blank)
+        masks |= dict.fromkeys(test[truth == 0], blank)
         heat = torch.stack([heat_map(maps[i], setting.size) for i in masks])
         metrics |= pixel_metrics(heat, torch.stack(list(masks.values())))
 
     out.mkdir(parents=True, exist_ok=True)
     with whole(out / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
-        columns = [data.paths[i] for i in test], groups[test], labels[test], scores[test]
+        columns = [data.paths[i] for i in test], groups[test], truth, mine, *columns_of(p, args.fpr, n)
         csv.writer(file).writerows([("path", "group", "label", "score", "p_value", "anomaly"),
-                                    *zip(*columns, *columns_of(p, args.fpr, n), strict=True)])
+                                    *zip(*columns, strict=True)])
     pictures(setting, out, scores, maps, test, held_maps if len(held) else maps)
     with whole(out / "metrics.json") as temporary:                          # last: it says that all is there
         temporary.write_text(json.dumps(metrics, indent=1))

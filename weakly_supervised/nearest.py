@@ -1,17 +1,18 @@
 """Distance to the nearest normal patch: what the methods with labels have to beat. Needs no labelled anomaly.
 
-After PatchCore (Roth et al. 2022, arXiv:2106.08265): patch features of the normal images are kept, a random sample of them or a
-greedy coreset; an image's score is the largest distance of one of its patches to the nearest of these.
+After PatchCore (Roth et al. 2022, arXiv:2106.08265): patch features of the normal images are kept, a random
+sample of them or a greedy coreset; an image's score is the largest distance of one of its patches to the
+nearest of these.
 """
 
 import torch
 
-from dia_lib import run, step_generator
+from dia_lib import number, run, step_generator
 from weakly_supervised.common import AGAIN, Setting, finish, flags
 
 
 def nearest_distance(x, memory, chunk=2 ** 24):
-    """Euclidean distance of each of x (n, C) to the nearest of memory (m, C): (n,), in memory for `chunk` floats."""
+    """Distance of each of x (n, C) to the nearest of memory (m, C): (n,); chunk: floats at once."""
     squares, found = memory.square().sum(1), []
     for part in x.split(max(1, chunk // len(memory))):
         nearest = (squares - 2 * part @ memory.T).argmin(1)                 # |x|^2 is the same for all
@@ -24,13 +25,14 @@ def sample(setting, maps, most, seed):
     n, P = len(maps[0]), max(array.shape[2] * array.shape[3] for array in maps)
     keep = torch.zeros(n * P, dtype=torch.bool)
     keep[torch.randperm(n * P, generator=step_generator("cpu", seed, "patches", 0))[:most or n * P]] = True
-    return torch.cat([x[kept.to(x.device)] for x, kept in zip(setting.batches(maps), keep.view(n, P).split(16), strict=True)])
+    parts = zip(setting.batches(maps), keep.view(n, P).split(16), strict=True)
+    return torch.cat([x[kept.to(x.device)] for x, kept in parts])
 
 
 def greedy_coreset(x, m, generator, dims=128):
-    """Indices (m,) of x (n, C): each next one is the farthest from those chosen (k-center greedy), by a random projection.
+    """Indices (m,) of x (n, C): each next one is the farthest from those chosen (k-center greedy).
 
-    PatchCore Eq. 5 and Algorithm 1.
+    Distances are those of a random projection to `dims`.  PatchCore Eq. 5 and Algorithm 1.
     """
     if x.shape[1] > dims:
         x = x @ torch.randn(x.shape[1], dims, generator=generator).to(x.device) / dims ** 0.5
@@ -44,15 +46,13 @@ def greedy_coreset(x, m, generator, dims=128):
 
 def main():
     parser = flags(__doc__.splitlines()[0], layers=[3], aggregate=3)
-    parser.add_argument("--patches", type=int, default=20_000, help="normal patches to keep, drawn at random; 0: all "
-                        "(default: 20000)")
-    parser.add_argument("--coreset", type=float, default=1.0, help="share of them that a greedy coreset keeps (default: 1, all)")
+    parser.add_argument("--patches", type=number(low=0), default=20_000,
+                        help="normal patches to keep, drawn at random; 0: all (default: 20000)")
+    parser.add_argument("--coreset", type=number(float, above=0, high=1), default=1.0,
+                        help="share of them that a greedy coreset keeps (default: 1, all)")
     setting = Setting(parser, "nearest")
     args = setting.args
-    if args.patches < 0 or not 0 < args.coreset <= 1:
-        raise SystemExit("--patches needs a number from 0 on, --coreset a share above 0, up to 1.")
-    print(f"nearest, {setting.data.name}: {len(setting.data.train)} training normals, no labelled anomaly, {args.backbone} at "
-          f"{setting.size} px, layers {args.layers}, seed {args.seed}; {setting.device}", flush=True)
+    setting.say()
     maps, _ = setting.begin()
     memory = sample(setting, maps, args.patches, args.seed)
     if args.coreset < 1:

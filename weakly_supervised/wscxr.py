@@ -1,7 +1,8 @@
-"""WSCXR: mine anomalous patches in a few labelled images, mix them with normal ones, learn to tell both apart.
+"""WSCXR: mine anomalous patches in a few labelled images, mix them with normal ones, tell both apart.
 
-Ni et al., "Weakly Supervised Anomaly Detection for Chest X-Ray Image", Sec. II, with the paper's equation numbers. Features of a
-frozen backbone; a linear discriminator, as released; an image's score is that of its most anomalous patch.
+Ni et al., "Weakly Supervised Anomaly Detection for Chest X-Ray Image", Sec. II, with the paper's equation
+numbers. Features of a frozen backbone; a linear discriminator, as released; an image's score is that of its
+most anomalous patch.
 """
 
 import argparse
@@ -12,34 +13,40 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dia_lib import Log, batch_indices, check_batch, check_loss, run, save_checkpoint, send, step_generator
+from dia_lib import (
+    Log, batch_indices, check_batch, check_loss, number, run, save_checkpoint, send, step_generator,
+)
 from weakly_supervised.common import AGAIN, Setting, finish, flags, runs_of, shots_flags
 from weakly_supervised.nearest import nearest_distance, sample
 
 
 def mine(anomalous, normal, retention):
-    """The patches of anomalous images that are least like any normal one: floor(retention * n), at least 1, of (n, C).
+    """The patches of anomalous images that are least like any normal one.  Eq. 4-5.
 
-    anomalous: all patches of the labelled anomalies (n, C); normal: (m, C).  Eq. 4-5.
+    anomalous: all patches of the labelled anomalies (n, C), of which floor(retention * n), at least 1, are
+    kept; normal: (m, C).
     """
     distance = nearest_distance(anomalous, normal)
     return anomalous[distance.topk(max(1, math.floor(retention * len(anomalous)))).indices]
 
 
 def mix(mined, normal, low, generator):
-    """For each normal patch (n, C) an anomalous one: a m_a + (1 - a) m_n, m_a a random mined patch, a from U(low, 1).  Eq. 6."""
+    """For each normal patch (n, C) an anomalous one, a m_a + (1 - a) m_n.  Eq. 6.
+
+    m_a: a random one of mined (m, C); m_n: the normal patch; a: from U(low, 1).
+    """
     picked = torch.randint(len(mined), (len(normal),), generator=generator, device=normal.device)
     alpha = torch.rand(len(normal), 1, generator=generator, device=normal.device) * (1 - low) + low
     return torch.lerp(normal, mined[picked], alpha)
 
 
 def hinge(normal, anomalous):
-    """max(0, 1/2 + D(normal)) + max(0, 1/2 - D(anomalous)), in the mean.  Eq. 7, shifted by 1/2 as released."""
+    """max(0, 1/2 + D(normal)) + max(0, 1/2 - D(anomalous)), the mean.  Eq. 7, shifted by 1/2 as released."""
     return (0.5 + normal).relu().mean() + (0.5 - anomalous).relu().mean()
 
 
 def discriminator(kind, channels):
-    """(n, C) -> (n, 1). kind: "linear", without bias, from Xavier-normal weights, as released; or "mlp", the paper's words."""
+    """(n, C) -> (n, 1). kind: "linear", no bias, Xavier-normal weights, as released; or "mlp"."""
     if kind == "linear":
         net = nn.Linear(channels, 1, bias=False)
         nn.init.xavier_normal_(net.weight)
@@ -48,7 +55,7 @@ def discriminator(kind, channels):
 
 
 def train(setting, normal, mined, out):
-    """A trained discriminator. normal (M, P, C) float16: patches of the training normals; mined (n, C) float32."""
+    """A trained discriminator. normal (M, P, C) float16: patches of normals; mined (n, C) float32."""
     args, device = setting.args, setting.device
     torch.manual_seed(args.seed)
     net = discriminator(args.discriminator, normal.shape[2]).to(device)
@@ -57,7 +64,8 @@ def train(setting, normal, mined, out):
     log, losses = Log(out, "wscxr", 0), []
     for step in tqdm(range(args.epochs * epoch), f"{len(mined)} mined patches", unit="step", disable=None):
         generator = step_generator(device, args.seed, "wscxr", step)
-        x = send(normal[batch_indices(len(normal), args.batch_size, args.seed, step)], device).flatten(0, 1).float()    # (B*P, C)
+        rows = batch_indices(len(normal), args.batch_size, args.seed, step)
+        x = send(normal[rows], device).flatten(0, 1).float()                                        # (B*P, C)
         loss = hinge(net(x), net(mix(mined, x, low, generator)))
         optimizer.zero_grad()
         loss.backward()
@@ -73,41 +81,39 @@ def train(setting, normal, mined, out):
 
 def main():
     parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], aggregate=5))
-    parser.add_argument("--retention", type=float, default=0.2, help="share of the anomalies' patches that mining keeps "
-                        "(default: 0.2)")
-    parser.add_argument("--mining", action=argparse.BooleanOptionalAction, default=True, help="mine patches, or take them all")
-    parser.add_argument("--mixing", action=argparse.BooleanOptionalAction, default=True, help="mix them with normal patches, or "
-                        "take them as they are")
-    parser.add_argument("--discriminator", choices=("linear", "mlp"), default="linear", help="linear, as released, or the "
-                        "paper's MLP (default: linear)")
-    parser.add_argument("--patches", type=int, default=200_000, help="normal patches that mining compares with, drawn at random; "
-                        "0: all (default: 200000)")
-    parser.add_argument("--epochs", type=int, default=100, help="passes over the normal images (default: 100)")
-    parser.add_argument("--batch-size", type=int, default=8, help="normal images a step (default: 8)")
-    parser.add_argument("--lr", type=float, default=2e-4, help="Adam's learning rate (default: 2e-4)")
+    parser.add_argument("--retention", type=number(float, above=0, high=1), default=0.2,
+                        help="share of the anomalies' patches that mining keeps (default: 0.2)")
+    parser.add_argument("--mining", action=argparse.BooleanOptionalAction, default=True,
+                        help="mine patches, or take them all")
+    parser.add_argument("--mixing", action=argparse.BooleanOptionalAction, default=True,
+                        help="mix them with normal patches, or take them as they are")
+    parser.add_argument("--discriminator", choices=("linear", "mlp"), default="linear",
+                        help="linear, as released, or the paper's MLP (default: linear)")
+    parser.add_argument("--patches", type=number(low=0), default=200_000, help="normal patches that mining "
+                        "compares with, drawn at random; 0: all (default: 200000)")
+    parser.add_argument("--epochs", type=number(), default=100,
+                        help="passes over the normal images (default: 100)")
+    parser.add_argument("--batch-size", type=number(), default=8, help="normal images a step (default: 8)")
+    parser.add_argument("--lr", type=number(float, above=0), default=2e-4,
+                        help="Adam's learning rate (default: 2e-4)")
     setting = Setting(parser, "wscxr")
     args, data = setting.args, setting.data
     check_batch(args.batch_size, len(data.train))
-    if not 0 < args.retention <= 1 or args.epochs < 1 or args.patches < 0 or not 0 < args.lr < math.inf:
-        raise SystemExit("--retention needs a share above 0, up to 1; --epochs at least 1; --patches 0 or more; --lr above 0.")
     runs = runs_of(setting)
-    print(f"wscxr, {data.name}: {len(data.train)} training normals and {', '.join(map(str, args.shots))} labelled anomalies, "
-          f"{args.backbone} at {setting.size} px, layers {args.layers}, {args.epochs} epochs, seed {args.seed}; {setting.device}",
-          flush=True)
-
+    setting.say(f"{args.epochs} epochs")
     maps, test = setting.begin()
     first = setting.patches(maps, slice(0, 1))
-    normal = torch.empty(len(data.train), *first.shape[1:], dtype=torch.float16)        # (M, P, C), 0.3 MB an image by default
+    normal = torch.empty(len(data.train), *first.shape[1:], dtype=torch.float16)  # (M, P, C), 0.3 MB an image
     for part, x in zip(normal.split(16), setting.batches(maps), strict=True):
         part.copy_(x)
     known = sample(setting, maps, args.patches, args.seed) if args.mining else None
     for out, chosen in runs:
-        out.mkdir(parents=True, exist_ok=True)
         setting.begun = time.perf_counter()
         anomalous = setting.patches(test, chosen).flatten(0, 1)
         mined = mine(anomalous, known, args.retention) if args.mining else anomalous
         net = train(setting, normal, mined, out)
-        save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": len(chosen)}, {"discriminator": net.state_dict()})
+        save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": len(chosen)},
+                        {"discriminator": net.state_dict()})
         print(f"{len(chosen)} labelled, {len(mined)} of {len(anomalous)} patches:")
         metrics = finish(setting, setting.by_patches(lambda x, net=net: net(x).squeeze(2)), out, chosen)
     print(f"auroc {metrics['auroc']:.4f}")

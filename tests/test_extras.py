@@ -1,0 +1,502 @@
+"""Images of one's own, decisions with a guarantee, settings chosen without anomalies, pictures and tables."""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import STAGE2, call, texture
+from PIL import Image
+from scipy.stats import beta, kstest
+from sklearn.metrics import roc_auc_score
+
+import dia_lib
+import train_dia
+from dia_lib import load_data
+from extras import choose, predict, report
+
+CPU = torch.device("cpu")
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- Decisions -------------------------------------------------------------------------------------------
+
+
+def test_p_values_count_the_calibration_images_that_are_at_least_as_anomalous():
+    p = predict.p_values(np.array([3.0, 1.0, 2.0, 2.0]), np.array([0.0, 1.0, 1.5, 2.0, 3.0, 9.0]))
+    assert np.allclose(p, np.array([5, 5, 4, 4, 2, 1]) / 5)
+    assert np.isnan(predict.p_values(np.empty(0), np.ones(2))).all()
+
+
+def test_p_values_of_normals_are_uniform_and_decisions_keep_their_rate():
+    """n = 59 calibration images and one new normal, drawn alike 20,000 times: p is uniform on 1/60 ... 1."""
+    rng = np.random.default_rng(0)
+    p = np.array([predict.p_values(s[1:], s[:1])[0] for s in rng.normal(size=(20_000, 60))])
+    counts = np.bincount((p * 60).round().astype(int), minlength=61)[1:]
+    assert counts.sum() == 20_000
+    assert kstest(p - rng.uniform(size=len(p)) / 60, "uniform").pvalue > 0.01
+    for fpr in (0.01, 0.05, 0.2):
+        noise = 4 * math.sqrt(0.2 * 0.8 / 20_000)
+        rate = (p <= fpr).mean()
+        assert abs(rate - predict.expected_rate(fpr, 59)) < noise and rate <= fpr + noise
+
+
+def test_too_few_calibration_images_are_said_and_decide_nothing():
+    assert predict.impossible(19, 0.05) is None and predict.impossible(99, 0.01) is None
+    assert "needs 19" in predict.impossible(18, 0.05) and "held out" in predict.impossible(0, 0.05)
+    assert predict.columns_of(np.array([0.05, 0.5]), 0.05, 19) == [["0.05", "0.5"], [1, 0]]
+    assert predict.columns_of(np.array([0.1, 0.5]), 0.05, 9) == [["0.1", "0.5"], ["", ""]]
+    assert predict.columns_of(np.array([np.nan]), 0.05, 0) == [[""], [""]]
+
+
+def test_decisions_have_exact_intervals():
+    p, labels = np.array([0.01, 0.5, 0.6, 0.05, 0.02, 0.9]), np.array([0, 0, 0, 1, 1, 1])
+    found = predict.decisions(p, labels, 0.05, 59)
+    assert found["expected_false_positive_rate"] == 3 / 60                      # 0.05 * 60 is 3, not 2.9999
+    assert found["false_positive_rate"] == 1 / 3 and found["sensitivity"] == 2 / 3
+    exact = [beta.ppf(0.025, 1, 3), beta.ppf(0.975, 2, 2)]
+    assert found["false_positive_rate_interval_95"] == pytest.approx(exact)
+    assert predict.decisions(p, labels, 0.01, 59)["expected_false_positive_rate"] == 0
+    assert predict.decisions(p, labels, 0.1, 0) is None
+
+
+# ---- Images of one's own ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scans(folder, tmp_path_factory):
+    """Nested, of mixed formats, sizes and modes, one trained on, one held out; a text file; a hidden file."""
+    root, rng = tmp_path_factory.mktemp("own") / "scans", np.random.default_rng(5)
+    (root / "ward/b").mkdir(parents=True)
+    Image.fromarray(texture(rng, 60)).save(root / "a.jpg")
+    coloured = np.stack([texture(rng, 33, defect) for defect in (True, False, False)], 2)
+    Image.fromarray(coloured).save(root / "ward/c.bmp")
+    Image.fromarray(texture(rng, 50, True)).convert("RGBA").save(root / "ward/b/line.png")
+    data = load_data(str(folder), 40, ("train",), 0.3)
+    for name, image in (("known", data.train[0]), ("held", data.held[0])):
+        Image.fromarray(image[0].numpy()).save(root / f"{name}.png")
+    (root / "notes.txt").write_text("no image")
+    (root / ".hidden.png").write_text("no image either")
+    return root
+
+
+@pytest.fixture(scope="module")
+def scored(chain, scans, folder, tmp_path_factory):
+    """A run's folder, scans scored there with the training data at hand, then without; and the print."""
+    out = shutil.copytree(chain, tmp_path_factory.mktemp("scored") / "run")
+    words = [out, scans, "--passes", 2, "--fpr", 0.4]
+    assert call(predict, *words) is None
+    (out / "images/scans/scores.csv").unlink()
+    (out / "stats.pt").unlink()
+    away = folder.rename(folder.with_name("away"))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert call(predict, *words) is None
+    finally:
+        away.rename(folder)
+    return out, printed.getvalue()
+
+
+def test_own_images_are_scored_without_labels_and_without_the_training_data(scored):
+    out, printed = scored
+    rows, to = table(out / "images/scans/scores.csv"), out / "images/scans"
+    n = len(predict.load_known(out, 2)["calibration"]["csi"])
+    assert "note: 1 other files" in printed and "note: 1 of these images were trained on" in printed
+    anomalies = sum(r["anomaly"] == "1" for r in rows)
+    assert printed.splitlines()[-1] == (f"5 images: {anomalies} anomalies at --fpr 0.4, by {n} calibration "
+                                        f"normals; wrote scores.csv and examples.png to {to}")
+    assert list(rows[0]) == ["path", "score", "p_value", "anomaly", "seen"]
+    assert {r["path"] for r in rows} == {"a.jpg", "ward/c.bmp", "ward/b/line.png", "known.png", "held.png"}
+    assert [float(r["score"]) for r in rows] == sorted((float(r["score"]) for r in rows), reverse=True)
+    seen = {r["path"]: r["seen"] for r in rows if r["seen"]}
+    assert seen == {"known.png": "training", "held.png": "held out"}
+    assert all(int(r["anomaly"]) == (float(r["p_value"]) <= 0.4) for r in rows)
+    assert np.asarray(Image.open(out / "images/scans/examples.png")).std() > 10
+
+
+def test_too_few_calibration_images_leave_the_column_anomaly_empty(scored, scans, tmp_path, capsys):
+    assert call(predict, scored[0], scans, "--passes", 2, "--to", tmp_path) is None     # --fpr 0.05
+    assert "5 images: no decisions: with" in capsys.readouterr().out
+    rows = table(tmp_path / "scores.csv")
+    assert {r["anomaly"] for r in rows} == {""} and all(0 < float(r["p_value"]) <= 1 for r in rows)
+
+
+@pytest.mark.parametrize("score", predict.SCORES)
+def test_command_and_python_give_the_same_by_every_score(score, scored, scans, tmp_path):
+    out, _ = scored
+    assert call(predict, out, "--passes", 2, "--score", score, scans, "--to", tmp_path) is None
+    rows = {r["path"]: r for r in table(tmp_path / "scores.csv")}
+    run = predict.load_run(out, passes=2)
+    images, paths, _ = predict.load_images(scans, 40)
+    scores, p = run.score(images, score)
+    assert np.allclose(scores, [float(rows[path]["score"]) for path in paths], atol=1e-4)
+    assert np.allclose(p, [float(rows[path]["p_value"]) for path in paths], atol=1e-5)
+    assert np.allclose(p, predict.p_values(run.known["calibration"][score].numpy(), scores))
+    others = [run.score(images, other)[0] for other in predict.SCORES if other != score]
+    assert not any(np.allclose(scores, other, atol=1e-3) for other in others)
+    assert not run.encoder.training
+
+
+def test_scores_are_those_of_evaluate_for_the_same_images(scored, folder):
+    """csi and cos of the test images, read as images of one's own, are the columns of scores.csv."""
+    run = predict.load_run(scored[0], passes=2)
+    images, paths, _ = predict.load_images(folder / "test", 40)
+    rows = {r["path"]: r for r in table(scored[0] / "scores.csv")}
+    for score, column in (("csi", "score"), ("cos", "cos")):
+        expected = [float(rows[f"test/{path}"][column]) for path in paths]
+        assert np.allclose(run.score(images, score)[0], expected, atol=0.02) and np.std(expected) > 0
+
+
+def test_calibration_is_the_half_that_nothing_was_chosen_by(scored, folder):
+    run, data = predict.load_run(scored[0], passes=2), load_data(str(folder), 40, ("train",), 0.3)
+    mine = data.held[data.calibration]
+    assert 0 < len(mine) < len(data.held)
+    for score in predict.SCORES:
+        assert np.allclose(run.score(mine, score)[0], run.known["calibration"][score], atol=0.02)
+    assert torch.equal(run.known["train"], data.digests["train"])
+    assert torch.equal(run.known["held"], data.digests["held"])
+
+
+def test_predict_pt_is_made_again_for_another_checkpoint_other_passes_or_a_broken_file(own_chain, folder):
+    def scores(passes=2):
+        run = predict.load_run(own_chain, "cpu", passes)
+        return run, run.score(images)[0]
+
+    images, _, _ = predict.load_images(folder / "test", 40)
+    _, first = scores()
+    path = own_chain / "predict.pt"
+    before = path.stat().st_mtime_ns
+    run, again = scores()
+    assert path.stat().st_mtime_ns == before and np.array_equal(first, again)           # read, not made
+    assert predict.load_known(own_chain, 1) is None
+    scores(passes=1)
+    assert predict.load_known(own_chain, 1) is not None and predict.load_known(own_chain, 2) is None
+    path.write_bytes(path.read_bytes()[:1000])
+    assert np.allclose(scores()[1], first, atol=0.02)
+    state = dia_lib.load_checkpoint(own_chain / "dia.pt", "dia", "cpu")
+    state["encoder"]["projection.2.weight"] *= 2
+    dia_lib.save_checkpoint(own_chain / "dia.pt", "dia", state.pop("settings"), state)
+    other, doubled = scores()
+    assert not torch.allclose(other.known["w"], run.known["w"], rtol=0.05)
+    assert not np.array_equal(doubled, first)
+
+
+def test_images_of_another_type_or_size_are_refused(scored):
+    run = predict.load_run(scored[0], passes=2)
+    for images in (torch.zeros(1, 1, 40, 40), torch.zeros(1, 1, 32, 32, dtype=torch.uint8),
+                   torch.zeros(1, 2, 40, 40, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="needs uint8"):
+            run.score(images)
+
+
+def files_below(*roots):
+    return {p: p.stat().st_mtime_ns for root in roots for p in root.rglob("*") if p.is_file()}
+
+
+def test_nothing_is_written_outside_the_target_folder(own_chain, scans, folder, tmp_path, monkeypatch):
+    """The first call leaves predict.pt in the run's folder, the next one only what it was asked for."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seen, to = (tmp_path, scans, folder), tmp_path / "new/place"
+    for extra in ({own_chain / "predict.pt"}, set()):
+        before = files_below(*seen)
+        assert call(predict, own_chain, scans, "--passes", 2, "--to", to) is None
+        after = files_below(*seen)
+        changed = {p for p in after if after[p] != before.get(p)}
+        assert changed == {to / "scores.csv", to / "examples.png"} | extra and before.keys() <= after.keys()
+
+
+def test_test_set_gives_auroc_and_decisions_of_every_score(scored, folder, capsys):
+    out, _ = scored
+    assert call(predict, out, "--test", "--passes", 2, "--fpr", 0.4) is None
+    printed, result = capsys.readouterr().out, json.loads((out / "decisions.json").read_text())
+    metrics, run = json.loads((out / "metrics.json").read_text()), predict.load_run(out, passes=2)
+    assert list(result) == list(predict.SCORES)
+    assert result["csi"]["auroc"] == pytest.approx(metrics["auroc"], abs=0.02)
+    data = load_data(str(folder), 40, holdout=0.3)
+    labels = data.labels.numpy()
+    for score, found in result.items():
+        scores, p = run.score(data.test, score)
+        assert found["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=0.02)
+        n = len(run.known["calibration"][score])
+        assert found["decision"] == predict.decisions(p, labels, 0.4, n)
+        assert f"{score:5s} AUROC {found['auroc']:.4f}  false positive rate" in printed
+    assert call(predict, out, "--test", "--passes", 2) is None                          # --fpr 0.05
+    printed = capsys.readouterr().out
+    assert "no decisions: with" in printed and "false positive rate" not in printed
+
+
+@pytest.fixture(scope="module")
+def none_held(folder, tmp_path_factory):
+    """A run with no held-out normals."""
+    out = tmp_path_factory.mktemp("none") / "run"
+    words = [*STAGE2, "--dissolve", "none", "--holdout", "0"]
+    assert call(train_dia, "--data", folder, "--out", out, *words) is None
+    return out
+
+
+def test_without_held_out_normals_there_are_scores_but_no_p_values(none_held, scans, tmp_path, capsys):
+    assert call(predict, none_held, scans, "--passes", 1, "--to", tmp_path) is None
+    assert "no normals were held out" in capsys.readouterr().out
+    rows = table(tmp_path / "scores.csv")
+    assert {(r["p_value"], r["anomaly"]) for r in rows} == {("", "")}
+    assert len({r["score"] for r in rows}) == 5
+    assert call(predict, none_held, "--test", "--passes", 1) is None
+    found = json.loads((none_held / "decisions.json").read_text())
+    assert [found[score]["decision"] for score in predict.SCORES] == [None] * 3
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["nowhere"], "nowhere: no such folder"), (["empty"], "no image below it"),
+    (["bad"], "torn.png cannot be read"),
+    ([], "either a folder of images or --test"), (["empty", "--test"], "either a folder of images or --test"),
+    (["empty", "--fpr", "1"], "above 0, up to 0.99"), (["empty", "--passes", "0"], "an integer from 1 on"),
+    (["--test", "--data", "normals"], "normals has no test set with both")])
+def test_what_is_asked_wrongly_is_said(words, sentence, chain, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/torn.png").write_bytes((folder / "train/good/000.png").read_bytes()[:200])
+    shutil.copytree(folder, "normals", ignore=shutil.ignore_patterns("scratch", "dent"))
+    assert sentence in call(predict, chain, *words)
+
+
+def test_missing_runs_and_training_data_are_said(own_chain, scans, folder, tmp_path):
+    assert "no such checkpoint. Run train_dia.py" in call(predict, tmp_path / "nothing", scans)
+    away = folder.rename(folder.with_name("away"))
+    try:
+        assert "no such folder" in call(predict, own_chain, scans)              # the first call needs them
+        assert call(predict, own_chain, scans, "--data", away, "--passes", 2) is None       # they were moved
+    finally:
+        away.rename(folder)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "train/good/000.png").unlink()
+    (other / "train/good/001.png").unlink()
+    assert "other images" in call(predict, own_chain, scans, "--data", other)
+
+
+# ---- The local score -------------------------------------------------------------------------------------
+
+
+def test_local_score_is_the_farthest_position_from_its_nearest(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    normal, images = (F.normalize(torch.randn(n, 9, 5, generator=g), dim=2) for n in (7, 6))
+    monkeypatch.setattr(predict, "local_features", lambda encoder, images, device: images)
+    known = predict.local_fit(None, normal, CPU, batch=3)
+    slow = [max(min(1 - (p @ q).item() for q in normal.flatten(0, 1)) for p in image) for image in images]
+    assert known.shape == (63, 5)
+    assert np.allclose(predict.local_score(known, None, images, CPU, batch=4), slow, atol=1e-6)
+    assert predict.local_score(known, None, normal, CPU).abs().max() < 1e-5
+    few = [predict.local_fit(None, normal, CPU, batch, most=10) for batch in (2, 7)]
+    assert few[0].shape == (10, 5) and torch.equal(*few)                                # whatever the batch
+
+
+@pytest.mark.parametrize("stem, P", [("imagenet", 4), ("cifar", 64)])
+def test_local_features_are_the_third_stage_of_the_plain_images(stem, P):
+    """What layer3 gives when the encoder's own forward is called, grey image or the same in RGB."""
+    torch.manual_seed(0)
+    encoder, images = dia_lib.Encoder(1, 4, stem).train(), torch.randint(0, 256, (3, 1, 32, 32)).byte()
+    found = predict.local_features(encoder, images, CPU)
+    assert found.shape == (3, P, 256) and torch.allclose(found.norm(dim=2), torch.ones(3, P), atol=1e-5)
+    assert encoder.training and not found.requires_grad
+    kept = []
+    encoder.eval().backbone.layer3.register_forward_hook(lambda module, args, out: kept.append(out))
+    encoder(images.float() / 255)
+    expected = F.normalize(kept[0].flatten(2).transpose(1, 2), dim=2)
+    assert torch.allclose(found, expected, atol=0.05)                                   # bfloat16
+    in_colour = predict.local_features(encoder, images.expand(-1, 3, -1, -1), CPU)
+    assert torch.allclose(in_colour, found, atol=0.05)
+
+
+# ---- Settings chosen without anomalies -------------------------------------------------------------------
+
+
+def test_synthetic_defects_are_local_and_repeatable():
+    images = (torch.rand(6, 1, 48, 48, generator=torch.Generator().manual_seed(0)) * 60 + 120).to(torch.uint8)
+    for kind in ("line", "patch"):
+        def make(kind=kind):
+            return choose.synthetic_defects(images, kind, torch.Generator().manual_seed(2))
+        defects = make()
+        changed = (defects != images).float().mean((1, 2, 3))
+        assert torch.equal(defects, make()) and defects.dtype == torch.uint8
+        assert (changed > 0).all() and (changed < 0.25).all()
+    line = choose.synthetic_defects(images, "line", torch.Generator().manual_seed(2))
+    assert (line <= images).all()                                               # a crack is dark
+    with pytest.raises(ValueError, match="line or patch"):
+        choose.synthetic_defects(images, "dent", torch.Generator())
+
+
+def test_a_pasted_piece_is_a_rectangle_of_the_image_of_2_to_15_percent():
+    """In an image whose pixels name their place, all pasted pixels are off by the same number."""
+    H, W, g = 60, 90, torch.Generator().manual_seed(0)
+    image, areas = torch.arange(H * W).view(1, H, W), []
+    for _ in range(50):
+        shapes = []
+        out = choose.cut_paste(image, lambda piece, shapes=shapes: shapes.append(piece.shape[1:]) or piece, g)
+        y, x = (out[0] != image[0]).nonzero(as_tuple=True)
+        (h, w), = shapes
+        areas.append(h * w / (H * W))
+        moved = (image - out)[0, y, x]                                      # the same for every pixel of it
+        assert out.dtype == image.dtype and len(set(moved.tolist())) <= 1 and len(y) in (0, h * w)
+    assert 0.015 < min(areas) < 0.04 and 0.12 < max(areas) < 0.16
+
+
+@pytest.fixture
+def halves(chain, folder, monkeypatch):
+    """A function: choose's figures of the chain, its Data changed by the given function first."""
+    data = load_data(str(folder), 40, ("train",), 0.3)
+
+    def figures(change=lambda data: data):
+        monkeypatch.setattr(choose, "data_of", lambda *args: change(data))
+        return choose.choose(chain, CPU)[1]
+
+    monkeypatch.setattr(choose, "Log", lambda *args: lambda *args, **values: None)
+    return figures
+
+
+def test_figures_are_repeatable_and_never_look_at_calibration(halves):
+    def altered(calibration):
+        def change(data):
+            held = data.held.clone()
+            held[data.calibration == calibration] = 255 - held[data.calibration == calibration]
+            return dataclasses.replace(data, held=held)
+        return change
+
+    figures = halves()
+    assert list(figures) == ["val_auroc", "val_line", "val_patch", "val_cos", "val_local"]
+    assert figures["val_auroc"] == pytest.approx((figures["val_line"] + figures["val_patch"]) / 2)
+    assert halves() == figures and halves(altered(True)) == figures
+    assert halves(altered(False)) != figures
+
+
+def test_figures_are_high_where_defects_score_high_and_half_where_there_are_none(halves, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(choose, "synthetic_defects", lambda images, kind, generator: torch.zeros_like(images))
+        assert halves()["val_local"] == 1
+        m.setattr(choose, "synthetic_defects", lambda images, kind, generator: images)
+        assert all(value == pytest.approx(0.5, abs=0.1) for value in halves().values())
+    assert halves()["val_local"] > 0.6                                      # even of an encoder of 4 steps
+
+
+def test_choose_sorts_runs_best_last_and_logs_their_figures(own_chain, tmp_path, monkeypatch, capsys):
+    second = shutil.copytree(own_chain, tmp_path / "second/step-4")
+    rows = [json.loads(line) for line in (own_chain / "log.jsonl").read_text().splitlines()]
+    figures = {"val_auroc": 0.75, "val_line": 0.9, "val_patch": 0.6, "val_cos": 0.5, "val_local": 0.25}
+    each = iter([figures, {**figures, "val_auroc": 0.7, "val_line": 0.8}])
+    monkeypatch.setattr(choose, "validate", lambda *args: next(each))
+    assert call(choose, own_chain, second) is None
+    *_, header, worse, better, note, best = capsys.readouterr().out.splitlines()
+    assert header.split() == ["csi", "line", "patch", "cos", "local", "step", "run"]
+    assert worse.split() == ["0.700", "0.800", "0.600", "0.500", "0.250", "4", str(second)]
+    assert better.split() == ["0.750", "0.900", "0.600", "0.500", "0.250", "4", str(own_chain)]
+    assert "mislead" in note and best == f"best {own_chain}"
+    after = [json.loads(line) for line in (own_chain / "log.jsonl").read_text().splitlines()]
+    assert after == [*rows, {"stage": "choose", "step": 4, **figures}]
+
+
+def test_choose_needs_held_out_normals(none_held, capsys):
+    assert "0 held-out normals serve for choosing" in call(choose, none_held)
+
+
+def test_choose_end_to_end(own_chain, capsys):
+    assert call(choose, own_chain) is None
+    assert capsys.readouterr().out.splitlines()[-1] == f"best {own_chain}"
+
+
+def test_diverged_embeddings_end_with_a_sentence(own_chain):
+    state = dia_lib.load_checkpoint(own_chain / "dia.pt", "dia", "cpu")
+    state["encoder"]["projection.2.bias"][0] = math.nan
+    dia_lib.save_checkpoint(own_chain / "dia.pt", "dia", state.pop("settings"), state)
+    assert "diverged" in call(choose, own_chain)
+
+
+# ---- Pictures and tables ---------------------------------------------------------------------------------
+
+
+def test_report_draws_the_pictures_or_says_what_is_missing(own_chain, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "matplotlib.figure", None)
+        assert call(report, own_chain) == "pictures need matplotlib: pip install matplotlib"
+    pytest.importorskip("matplotlib")
+    assert "run evaluate.py on it first" in call(report, tmp_path)
+    assert call(report, own_chain) is None
+    assert "drew roc.png, scores.png, training.png in" in capsys.readouterr().out
+    predict.load_run(own_chain, passes=2)                                   # as evaluate's passes in the chain
+    assert call(report, own_chain) is None
+    names = ("roc", "scores", "training", "p_values")
+    assert "drew roc.png, scores.png, training.png, p_values.png in" in capsys.readouterr().out
+    assert all(np.asarray(Image.open(own_chain / f"{name}.png").convert("L")).std() > 10 for name in names)
+
+
+def test_training_curves_take_the_rows_of_each_stage():
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    log = [{"stage": "diffusion", "step": 2, "loss": 0.5, "held_t0-29": 0.6, "seconds": 1.0},
+           {"stage": "dia", "step": 3, "loss": 4.0, "contrastive": 3.0},
+           {"stage": "dia", "step": 4, "shift_acc": 0.5, "shift_acc_held": 0.4},
+           {"stage": "choose", "step": 3, "val_auroc": 0.7}, {"stage": "evaluate", "step": 3, "auroc": 0.9}]
+    report.training_curves(figure := Figure(), log)
+    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes]
+    assert drawn == [{"held_t0-29": [[2, 0.6]], "loss": [[2, 0.5]]},
+                     {"contrastive": [[3, 3.0]], "loss": [[3, 4.0]]},
+                     {"shift_acc": [[4, 0.5]], "shift_acc_held": [[4, 0.4]], "val_auroc": [[3, 0.7]]}]
+    report.training_curves(Figure(), [])                                    # an empty log is no error
+
+
+def test_p_value_plot_is_the_share_up_to_each_value():
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    p, labels = np.array([0.5, 0.25, 0.5, 1.0, 0.125]), np.array([0, 0, 0, 0, 1])
+    report.p_value_plot(figure := Figure(), labels, p, 7)
+    normals, anomalies, _, threshold = figure.axes[0].lines
+    assert normals.get_xydata().tolist() == [[0, 0], [0.25, 0.25], [0.5, 0.5], [0.5, 0.75], [1, 1], [1, 1]]
+    assert anomalies.get_xydata().tolist() == [[0, 0], [0.125, 1], [1, 1]]
+    assert threshold.get_xdata()[0] == 0.05
+
+
+def test_roc_and_histograms_show_the_scores_of_each_label_and_group():
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    labels, scores = np.array([0, 0, 1, 1]), np.array([1.0, 2.0, 3.0, 4.0])
+    metrics = {"auroc": 1.0, "score": "csi", "settings": {"data": "a/b"}}
+    report.roc(figure := Figure(), labels, scores, metrics)
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert [0, 1] in curves["AUROC 1.000"] and figure.axes[0].get_title() == "b, csi"
+    report.score_histograms(figure := Figure(), labels, scores, np.array(["m", "p", "m", "q"]))
+    assert [axes.get_title() for axes in figure.axes] == ["all", "m"]           # p and q have one label each
+
+
+def test_helpers_of_tables():
+    assert report.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert report.spread([0.7, 0.8, None]) == "0.750 ± 0.071"
+    assert report.spread([0.7]) == "0.700" and report.spread([None]) == ""
+    assert report.mean_minutes([(40, "AMD EPYC 9B14"), (45, ""), (None, "AMD EPYC 9B14")]) == "42.5"
+    assert report.mean_minutes([(42.6, "AMD EPYC"), (27, "Intel Xeon")]) == "42.6, 27.0 (Intel Xeon)"
+    page = "x\n<!-- study: a -->\nold\n<!-- end -->\ny\n<!-- study: b -->\nkept\n<!-- end -->\n"
+    assert report.put(page, "a", "| new \\1 |") == page.replace("old\n", "\n| new \\1 |\n\n")
+    with pytest.raises(SystemExit, match="study: c"):
+        report.put(page, "c", "")
+    assert report.processor(CPU) and not {"CPU", "Processor"} & set(report.processor(CPU).split())
+
+
+def test_insert_replaces_rows_with_the_same_key_and_keeps_what_is_empty(tmp_path):
+    path = tmp_path / "new/table.csv"
+    for rows in ([("a", 0.5, 3), ("b", 0.6, "")], [("c", 0.9, 1), ("a", 0.7, "")]):
+        rows = [dict(zip(("run", "auroc", "minutes"), row, strict=True)) for row in rows]
+        report.insert(path, rows, ["run"])
+    assert path.read_text() == "run,auroc,minutes\na,0.7,3\nb,0.6,\nc,0.9,1\n"
+    with pytest.raises(SystemExit, match="another table"):
+        report.insert(path, [{"run": "a", "loss": 1}], ["run"])
+    assert path.read_text().startswith("run,auroc,minutes\n") and os.listdir(path.parent) == ["table.csv"]

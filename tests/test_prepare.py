@@ -1,0 +1,299 @@
+"""extras/prepare.py: small trees shaped as each download, and plain folders, prepared, read by the core."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, call, texture
+from PIL import Image
+from sklearn.model_selection import train_test_split
+
+from dia_lib import load_data
+from extras import prepare
+
+
+def make(root, *names):
+    """A different small image under each name."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(texture(np.random.default_rng(i), 24)).save(root / name)
+
+
+def contents(folder):
+    """{relative name: bytes} of all files below a folder."""
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def images(folder):
+    """The bytes of all images below a folder, sorted."""
+    return sorted(content for name, content in contents(folder).items() if name != "prepared.json")
+
+
+def download(root, name):
+    """A set as its download unzips below root, a few images of each folder."""
+    if name == "sarscov2":
+        make(root, *(f"COVID/Covid ({i}).png" for i in range(8)),
+             *(f"non-COVID/Non-Covid ({i}).png" for i in range(8)))
+    elif name == "kvasir":
+        classes = ("dyed-lifted-polyps", "dyed-resection-margins", "esophagitis", "normal-cecum",
+                   "normal-pylorus", "normal-z-line", "polyps", "ulcerative-colitis")
+        make(root / "kvasir-dataset-v2", *(f"{c}/{c}-{i}.jpg" for c in classes for i in range(4)))
+    elif name == "oct2017":
+        make(root / "OCT2017 ", *(f"{split}/{c}/{c}-{split}-{i}.jpeg"
+                                  for split, n in (("train", 6), ("test", 3), ("val", 2))
+                                  for c in ("CNV", "DME", "DRUSEN", "NORMAL") for i in range(n)))
+        (root / "__MACOSX").mkdir()
+    else:
+        grades = {f"{i:012x}": i % 5 for i in range(20)}
+        make(root, *(f"train_images/{code}.png" for code in grades), "test_images/fff.png")
+        rows = "".join(f"{code},{grade}\n" for code, grade in grades.items())
+        (root / "train.csv").write_text(f"id_code,diagnosis\n{rows}")
+        (root / "test.csv").write_text("id_code\nfff\n")
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Plain folders: 12 normals at two sites, 3 tumours, 2 bleedings; the arguments that prepare them."""
+    make(tmp_path / "scans", *(f"site a/day {i}/healthy {i}.png" for i in range(8)),
+         *(f"site b/h{i}.png" for i in range(4)), *(f"ill/tumour/{i}.png" for i in range(3)),
+         *(f"bleeding/{i}.png" for i in range(2)))
+    return [tmp_path / "scans", tmp_path / "out", "--normal", "site a", "site b",
+            "--anomaly", "ill/tumour", "bleeding"]
+
+
+@pytest.mark.parametrize("name, counts", [
+    ("sarscov2", {"train/normal": 6, "test/normal": 2, "test/COVID": 8}),
+    ("kvasir", {"train/normal": 9, "test/normal": 3, "test/polyps": 4}),
+    ("oct2017", {"train/normal": 6, "test/normal": 3, "test/DRUSEN": 3, "test/DME": 3, "test/CNV": 3}),
+    ("aptos2019", {"train/normal": 3, "test/normal": 1, **{f"test/grade {i}": 4 for i in (4, 3, 2, 1)}})])
+def test_downloads_are_taken_untouched(name, counts, tmp_path):
+    """Every image of the set's classes comes to where the core reads it, with its bytes; the source stays."""
+    source, out = tmp_path / "download", tmp_path / name
+    download(source / "archive/images" if name == "sarscov2" else source, name)
+    before = contents(source)
+    assert call(prepare, source, out, "--set", name) is None
+    assert contents(source) == before and {p.name for p in tmp_path.iterdir()} == {"download", name}
+    data, says = load_data(str(out), 24, holdout=0), json.loads((out / "prepared.json").read_text())
+    found = Counter(f"test/{g}" for g in data.groups)
+    assert says["counts"] == {"train/normal": len(data.train), **found} == counts
+    assert [g == "normal" for g in data.groups] == [y == 0 for y in data.labels.tolist()]
+    assert {k: v for k, v in says.items() if k != "counts"} == {
+        "set": name, "source": "download", "left_out": {},
+        "defaults": {"shift": "perm", "t_range": [100, 200]} if name == "kvasir" else {}}
+    assert data.defaults == {"shift": "rotate", "t_range": [30, 130], "image_size": 224} | says["defaults"]
+    originals = {Path(n).name: content for n, content in before.items()}
+    made = {n: content for n, content in contents(out).items() if n != "prepared.json"}
+    assert all(originals[Path(n).name] == content for n, content in made.items())
+    if name == "oct2017":                                                   # the split that is published
+        assert all(f"-{n.split('/')[0]}-" in n for n in made)
+    if name == "aptos2019":
+        grades = dict(line.split(",") for line in (source / "train.csv").read_text().split()[1:])
+        assert {n.split("/")[1] for n in made if grades[Path(n).stem] == "0"} == {"normal"}
+        assert all(n.split("/")[1] in ("normal", f"grade {grades[Path(n).stem]}") for n in made)
+
+
+@pytest.mark.parametrize("flags, share", [
+    (["--set", "sarscov2"], 0.25), (["--normal", "non-COVID"], 0.25),
+    (["--normal", "non-COVID", "--test-share", 0.5], 0.5)])
+def test_normals_are_split_as_scikit_learn_splits_their_sorted_names(flags, share, tmp_path):
+    download(tmp_path / "set", "sarscov2")
+    assert call(prepare, tmp_path / "set", tmp_path / "out", *flags) is None
+    names = sorted(p.name for p in (tmp_path / "set/non-COVID").iterdir())
+    train, test = train_test_split(names, test_size=share, random_state=42)
+    for split, expected in (("train", train), ("test", test)):
+        assert sorted(p.name for p in (tmp_path / "out" / split / "normal").iterdir()) == sorted(expected)
+
+
+def test_plain_folders_at_any_depth(scans, tmp_path):
+    assert call(prepare, *scans) is None
+    data = load_data(str(tmp_path / "out"), 24, holdout=0)
+    assert len(data.train) == 9 and Counter(data.groups) == {"normal": 3, "tumour": 3, "bleeding": 2}
+    assert images(tmp_path / "out") == images(tmp_path / "scans")
+    assert json.loads((tmp_path / "out/prepared.json").read_text()) == {
+        "set": None, "source": "scans", "left_out": {}, "defaults": {},
+        "counts": {"train/normal": 9, "test/normal": 3, "test/tumour": 3, "test/bleeding": 2}}
+
+
+def test_without_anomalies_there_is_no_group(scans, tmp_path):
+    assert call(prepare, *scans[:-3]) is None
+    assert [p.name for p in (tmp_path / "out/test").iterdir()] == ["normal"]
+    assert load_data(str(tmp_path / "out"), 24).labels.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("names", [
+    [f"site {i // 4}/{i % 4}.png" for i in range(8)],                       # the same names at two sites
+    [f"{'ab'[i // 4]}/{'xX'[i // 4]}{i % 4}.png" for i in range(8)],        # one name where case is ignored
+    [*(f"{i}.png/0.png" for i in range(4)), *(f"b/{i}.png" for i in range(4))],     # folders called as images
+    ["0.png", "1.png", "a/0.png", "a/a/0.png", "a/1.png", "b/2.png"]])
+def test_names_that_clash_lose_no_image(names, tmp_path):
+    """All images come through, under names that differ where case is ignored, too; others keep theirs."""
+    make(tmp_path / "set/n", *names)
+    make(tmp_path / "set/ill", "0.png", "n/0.png")
+    assert call(prepare, tmp_path / "set", tmp_path / "out", "--normal", "n", "--anomaly", "ill") is None
+    assert images(tmp_path / "out") == images(tmp_path / "set")
+    made = {n.lower() for n in contents(tmp_path / "out")} - {"prepared.json"}
+    assert len(made) == len(names) + 2 and {"test/ill/ill/0.png", "test/ill/ill/n/0.png"} <= made
+    assert "b/2.png" not in names or any(n.endswith("/normal/2.png") for n in made)
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(scans, tmp_path, capsys):
+    """Torn, empty, no images: not copied, told with a reason; OUT names no place of this machine."""
+    names = "site a/day 3/healthy 3.png", "site b/h1.png", "ill/tumour/1.png"
+    torn, empty, text = (tmp_path / "scans" / n for n in names)
+    torn.write_bytes(torn.read_bytes()[:200])
+    empty.write_bytes(b"")
+    text.write_text("hello")
+    assert call(prepare, *scans) is None
+    told, written = capsys.readouterr().out, (tmp_path / "out/prepared.json").read_text()
+    says = json.loads(written)
+    assert set(says["left_out"]) == set(names) and "3 left out" in told and str(tmp_path) not in written
+    assert all(f"left out: {n}: " in told and "cannot be read" in why for n, why in says["left_out"].items())
+    data = load_data(str(tmp_path / "out"), 24, holdout=0)
+    assert says["counts"] == {"train/normal": len(data.train), **Counter(f"test/{g}" for g in data.groups)}
+    assert sum(says["counts"].values()) == 17 - 3 and data.groups.count("tumour") == 2
+    assert call(prepare, *scans) is None and "was prepared before" in capsys.readouterr().out
+    for file in (tmp_path / "scans").rglob("site*/**/*.png"):
+        file.write_bytes(b"")
+    assert "no image to train on can be read" in call(prepare, scans[0], tmp_path / "none", *scans[2:])
+
+
+def count_copies(monkeypatch):
+    """The names of the files that are copied from now on."""
+    copied, real = [], shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda *paths: (copied.append(paths[0].name), real(*paths)))
+    return copied
+
+
+STOPPED = """
+import concurrent.futures as futures, functools, os, runpy, shutil, sys, time, dia_lib
+real, n, sent = shutil.copyfile, [0], int(sys.argv.pop(1))
+def copyfile(source, target):
+    n[0] += 1
+    if n[0] == 6:
+        open(target, "wb").write(open(source, "rb").read()[:50])
+        os.kill(os.getpid(), sent)
+        time.sleep(1)
+    real(source, target)
+shutil.copyfile = copyfile
+futures.ThreadPoolExecutor = functools.partial(futures.ThreadPoolExecutor, 1)
+runpy.run_module("extras.prepare", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("sent, left", [(signal.SIGKILL, 12), (signal.SIGTERM, 11)])
+def test_a_stopped_run_goes_on_with_the_same_command(sent, left, scans, tmp_path, monkeypatch, capsys):
+    """Stopped while it wrote the sixth of 17 files: nothing to read yet; only the others are then copied."""
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(int(sent)), *map(str, scans)], cwd=ROOT,
+                          capture_output=True, text=True)
+    if sent == signal.SIGTERM:
+        assert done.returncode == 128 + sent and "stopped; the same command goes on from there" in done.stderr
+        assert "Traceback" not in done.stderr
+    else:
+        assert done.returncode == -sent, done.stderr
+    assert not (tmp_path / "out").exists() and len(contents(tmp_path / "out.part")) == 6
+    torn = [n for n in contents(tmp_path / "out.part") if n.endswith(".tmp")]
+    assert len(torn) == (sent == signal.SIGKILL)
+    copied = count_copies(monkeypatch)
+    assert call(prepare, *scans) is None and len(copied) == left and not (tmp_path / "out.part").exists()
+    assert call(prepare, scans[0], tmp_path / "at once", *scans[2:]) is None
+    assert contents(tmp_path / "out") == contents(tmp_path / "at once")
+    copied.clear()
+    capsys.readouterr()
+    assert call(prepare, *scans) is None and copied == []
+    assert "was prepared before: train/normal 9" in capsys.readouterr().out
+
+
+def test_a_file_of_another_size_is_copied_again(scans, tmp_path, monkeypatch):
+    assert call(prepare, *scans) is None
+    (tmp_path / "out").rename(tmp_path / "out.part")
+    torn = next((tmp_path / "out.part/train/normal").iterdir())
+    torn.write_bytes(b"torn")
+    copied = count_copies(monkeypatch)
+    assert call(prepare, *scans) is None and copied == [torn.name]
+    assert images(tmp_path / "out") == images(tmp_path / "scans")
+
+
+def test_an_out_that_holds_other_things_is_refused(scans, tmp_path, monkeypatch):
+    """Files of one's own, another preparation, a changed or missing image: nothing is written over them."""
+    out, other = tmp_path / "out", "holds other things"
+    out.mkdir()
+    assert call(prepare, *scans) is None                                    # an empty folder will do
+    (out / ".DS_Store").write_text("")                                      # hidden files do not count
+    assert call(prepare, *scans) is None
+    before = contents(out)
+    assert other in call(prepare, *scans[:-1])                              # without the group bleeding
+    assert other in call(prepare, *scans, "--test-share", 0.5)
+    shutil.copytree(scans[0], tmp_path / "other scans")
+    assert other in call(prepare, tmp_path / "other scans", *scans[1:])
+    assert contents(out) == before
+    some = next((out / "train/normal").iterdir())
+    for spoil in (lambda: some.write_bytes(b"?"), some.unlink, lambda: (out / "notes.txt").write_text(""),
+                  (out / "prepared.json").unlink, lambda: (out / "prepared.json").write_text("[]")):
+        spoil()
+        changed = contents(out)
+        assert other in call(prepare, *scans) and contents(out) == changed
+        shutil.rmtree(out)
+        for name, content in before.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(content)
+    (tmp_path / "file").write_text("")
+    assert other in call(prepare, scans[0], tmp_path / "file", *scans[2:])
+    make(tmp_path, "new.part/train/normal/mine.png")
+    said = call(prepare, scans[0], tmp_path / "new", *scans[2:])
+    assert "holds train/normal/mine.png, which this command does not make" in said
+    assert not (tmp_path / "new").exists() and len(contents(tmp_path / "new.part")) == 1
+
+
+def test_what_is_missing_in_a_download_is_said(tmp_path):
+    root, out = tmp_path / "sets", tmp_path / "out"
+    for name in prepare.SETS:
+        download(root / name, name)
+    (root / "sarscov2/COVID").rename(root / "sarscov2/covid19")
+    said = call(prepare, root / "sarscov2", out, "--set", "sarscov2")
+    assert "fetch it from kaggle.com/datasets/plameneduardo" in said and "unzip it into" in said
+    assert "expected there: COVID, non-COVID; found: covid19, non-COVID" in said
+    assert "found: no such folder" in call(prepare, root / "nothing", out, "--set", "kvasir")
+    (root / "empty").mkdir()
+    said = call(prepare, root / "empty", out, "--set", "oct2017")
+    assert "expected there: train/NORMAL, test/NORMAL; found: nothing" in said
+    (root / "aptos2019/train_images/000000000003.png").unlink()
+    assert "1 images of train.csv are missing, the first is train_images/000000000003.png" in \
+        call(prepare, root / "aptos2019", out, "--set", "aptos2019")
+    for text in ("id,grade\n1,2\n", "id_code,diagnosis\n1,severe\n", "id_code,diagnosis\n1\n"):
+        (root / "aptos2019/train.csv").write_text(text)
+        said = call(prepare, root / "aptos2019", out, "--set", "aptos2019")
+        assert "needed are columns id_code and diagnosis" in said
+    assert not out.exists() and not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--normal", "nowhere"], "--normal nowhere: no such folder below"),
+    (["--normal", "../elsewhere"], "found: bleeding, ill, notes, site a, site b"),
+    (["--normal", "notes"], "no image below"),
+    (["--normal", "site a", "--anomaly", "site a/day 1"], "its images would be there twice"),
+    (["--normal", "site a", "site b/../site a"], "its images would be there twice"),
+    (["--normal", "ill/tumour"], "3 normal images are too few to split"),
+    (["--normal", "site a", "--anomaly", "ill/Normal"], "cannot be called Normal"),
+    (["--normal", "site a", "--test-share", "0"], "needs a number above 0"),
+    (["--normal", "site a", "--test-share", "0.8"], "up to 0.75"),
+    (["--set", "kvasir", "--anomaly", "bleeding"], "go with --normal"),
+    (["--set", "kvasir", "--normal", "site a"], "not allowed with argument --set"),
+    (["--set", "imagenet"], "invalid choice"), ([], "one of the arguments --set --normal is required")])
+def test_wrong_flags_are_one_sentence(flags, sentence, scans, tmp_path):
+    (tmp_path / "scans/notes").mkdir()
+    make(tmp_path, "elsewhere/0.png")
+    (tmp_path / "scans/ill/Normal").mkdir()
+    said = call(prepare, *scans[:2], *flags)
+    assert sentence in said and "\n" not in said and not (tmp_path / "out").exists()
+
+
+def test_out_inside_source_is_refused(scans, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "scans", target_is_directory=True)
+    for out in (tmp_path / "scans/out", tmp_path / "link/deep/out", tmp_path / "scans"):
+        assert "lies in SOURCE" in call(prepare, scans[0], out, *scans[2:])
