@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_lib import (
     Encoder, K, Log, csi_fit, csi_parts, data_name, embed, found, load_checkpoint, load_data, load_encoder,
-    make_parser, number, pick_device, run, save_checkpoint, save_grid, sha256_of, shared_flags, to_float,
-    whole,
+    make_parser, number, pick_device, run, save_checkpoint, save_grid, shared_flags, to_float, whole,
 )
 
 
@@ -38,105 +38,14 @@ def arguments(argv=None):
     return args
 
 
-def data_of(settings, out, splits=("train", "test"), data=None, normal_class=None):
-    """The images that a run was trained on, by the settings of its dia.pt; exits if they are others now."""
-    s, data = settings, data or settings["data"]
-    loaded = load_data(data, s["image_size"], splits, s["holdout"], normal_class or s["normal_class"])
-    if loaded.fingerprint != s["fingerprint"]:
-        raise SystemExit(f"{out}/dia.pt was trained on other images than --data {data} has now.")
-    return loaded
-
-
-def training_stats(out, state, encoder, data, passes, device, batch=96):
-    """csi_fit of the training images, from OUT/stats.pt where an earlier call left it for this checkpoint."""
-    path, key = out / "stats.pt", {"dia_sha256": sha256_of(out / "dia.pt"), "passes": passes}
-    if path.exists():
-        try:
-            stats = load_checkpoint(path, "stats", "cpu")
-            if key.items() <= stats["settings"].items():
-                return stats
-        except SystemExit:
-            pass                                                            # a broken one is made again
-    shift = state["settings"]["shift"]
-    stats = csi_fit(*embed(encoder, data.train, shift, passes, device, batch, "training images"))
-    save_checkpoint(path, "stats", key, stats)
-    return stats
-
-
-def auroc_interval(labels, scores):
-    """AUROC and its 95% interval: percentile bootstrap over normals and anomalies apart, 2,000 resamples.
-
-    labels, scores: (Q,) arrays. The interval is None if there are fewer than 2 normals or 2 anomalies.
-    """
-    value = float(roc_auc_score(labels, scores))
-    if min((labels == 0).sum(), (labels == 1).sum()) < 2:
-        return value, None
-
-    def auroc(anomalies, normals, axis):
-        wins = mannwhitneyu(anomalies, normals, axis=axis).statistic
-        return wins / (anomalies.shape[axis] * normals.shape[axis])
-
-    result = bootstrap((scores[labels == 1], scores[labels == 0]), auroc, n_resamples=2000, batch=100,
-                       method="percentile", rng=np.random.default_rng(0))
-    return value, [float(v) for v in result.confidence_interval]
-
-
-def within_groups(labels, scores, groups):
-    """{group: AUROC of its anomalies against its own normals}, for groups that hold both."""
-    groups = np.array(groups)
-    return {g: float(roc_auc_score(labels[groups == g], scores[groups == g])) for g in sorted(set(groups))
-            if len(set(labels[groups == g])) == 2}
-
-
-def measure(labels, scores, groups):
-    """What scores (Q,) of labelled test images come to. labels: (Q,), 1 = anomaly; groups: Q names."""
-    auroc, interval = auroc_interval(labels, scores)
-    within = within_groups(labels, scores, groups)
-    return {"auroc": auroc, "auroc_interval_95": interval,
-            "average_precision": float(average_precision_score(labels, scores)), "within_group_auroc": within,
-            "within_group_mean": statistics.fmean(within.values()) if within else None,
-            "normals": int((labels == 0).sum()), "anomalies": int(labels.sum())}
-
-
-def tell(metrics):
-    """Print what `measure` found."""
-    interval = metrics["auroc_interval_95"]
-    spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few for an interval"
-    print(f"  AUROC {metrics['auroc']:.4f}  ({spread})  average precision {metrics['average_precision']:.4f}")
-    if metrics["within_group_auroc"]:
-        print("  within group: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["within_group_auroc"].items())
-              + f"  mean {metrics['within_group_mean']:.3f}")
-
-
-def floors(data, settings, device, batch):
-    """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
-    def flat(images):                       # at 32 px, divided by the mean (n, 1024), and the mean (n,)
-        small = torch.cat([F.interpolate(to_float(chunk, 1, "cpu"), (32, 32), mode="bilinear", antialias=True)
-                           for chunk in images.split(256)]).flatten(1)
-        return small / small.mean(1, keepdim=True).clamp(min=1e-6), small.mean(1)
-
-    (test, brightness), (train, _) = flat(data.test), flat(data.train)
-    nearest = torch.cat([torch.cdist(chunk, train).amin(1) for chunk in test.split(256)])
-    torch.manual_seed(settings["seed"])                     # the weights that training began with
-    encoder = Encoder(settings["channels"], K, settings["stem"]).to(device, memory_format=torch.channels_last)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # that its classifier knows nothing is the point
-        stats = csi_fit(*embed(encoder, data.train, settings["shift"], 1, device, batch))
-    untrained = csi_parts(stats, *embed(encoder, data.test, settings["shift"], 1, device, batch))["csi"]
-    scores = {"minus mean brightness": -brightness, "nearest neighbour on 32 px pixels": nearest,
-              "encoder untrained": untrained}
-    return {name: float(roc_auc_score(data.labels, score)) for name, score in scores.items()}
-
-
-def examples(path, data, scores):
-    """The eight most and least anomalous test images of each label, as one picture."""
-    size, order, rows = data.test.shape[-1], torch.from_numpy(np.argsort(-scores, kind="stable")), {}
-    for name, label in (("anomalies", 1), ("normals", 0)):
-        mine = order[data.labels[order] == label]
-        rows |= {f"{name}, highest scores": mine[:8], f"{name}, lowest": mine[-8:]}
-    tiles = [list(data.test[row].float() / 255) for row in rows.values()]
-    tiles = [row + [None] * (8 - len(row)) for row in tiles]                # fewer than 8 images of a kind
-    save_grid(path, tiles, [], max(1, 128 // size), list(rows))
+def main():
+    args = arguments()
+    device = pick_device(args.device)
+    values = [evaluate(Path(out), args, device)["auroc"] for out in args.out]
+    if len(values) > 1:
+        print(f"{len(values)} runs: AUROC {', '.join(f'{v:.4f}' for v in values)}; mean "
+              f"{statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f}")
+    print(f"auroc {statistics.fmean(values):.4f}")
 
 
 def evaluate(out, args, device):
@@ -176,14 +85,110 @@ def evaluate(out, args, device):
     return metrics
 
 
-def main():
-    args = arguments()
-    device = pick_device(args.device)
-    values = [evaluate(Path(out), args, device)["auroc"] for out in args.out]
-    if len(values) > 1:
-        print(f"{len(values)} runs: AUROC {', '.join(f'{v:.4f}' for v in values)}; mean "
-              f"{statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f}")
-    print(f"auroc {statistics.fmean(values):.4f}")
+def data_of(settings, out, splits=("train", "test"), data=None, normal_class=None):
+    """The images that a run was trained on, by the settings of its dia.pt; exits if they are others now."""
+    s, data = settings, data or settings["data"]
+    loaded = load_data(data, s["image_size"], splits, s["holdout"], normal_class or s["normal_class"])
+    if loaded.fingerprint != s["fingerprint"]:
+        raise SystemExit(f"{out}/dia.pt was trained on other images than --data {data} has now.")
+    return loaded
+
+
+def training_stats(out, state, encoder, data, passes, device, batch=96):
+    """csi_fit of the training images, from OUT/stats.pt where an earlier call left it for this checkpoint."""
+    path, key = out / "stats.pt", {"weights": weights_of(state), "passes": passes}
+    if path.exists():
+        try:
+            stats = load_checkpoint(path, "stats", "cpu")
+            if key.items() <= stats["settings"].items():
+                return stats
+        except SystemExit:
+            pass                                                            # a broken one is made again
+    shift = state["settings"]["shift"]
+    stats = csi_fit(*embed(encoder, data.train, shift, passes, device, batch, "training images"))
+    save_checkpoint(path, "stats", key, stats)
+    return stats
+
+
+def weights_of(state):
+    """A number that stands for the encoder's weights in a checkpoint of stage 2."""
+    return zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in state["encoder"].values()))
+
+
+def measure(labels, scores, groups):
+    """What scores (Q,) of labelled test images come to. labels: (Q,), 1 = anomaly; groups: Q names."""
+    auroc, interval = auroc_interval(labels, scores)
+    within = within_groups(labels, scores, groups)
+    return {"auroc": auroc, "auroc_interval_95": interval,
+            "average_precision": float(average_precision_score(labels, scores)), "within_group_auroc": within,
+            "within_group_mean": statistics.fmean(within.values()) if within else None,
+            "normals": int((labels == 0).sum()), "anomalies": int(labels.sum())}
+
+
+def auroc_interval(labels, scores):
+    """AUROC and its 95% interval: percentile bootstrap over normals and anomalies apart, 2,000 resamples.
+
+    labels, scores: (Q,) arrays. The interval is None if there are fewer than 2 normals or 2 anomalies.
+    """
+    value = float(roc_auc_score(labels, scores))
+    if min((labels == 0).sum(), (labels == 1).sum()) < 2:
+        return value, None
+
+    def auroc(anomalies, normals, axis):
+        wins = mannwhitneyu(anomalies, normals, axis=axis).statistic
+        return wins / (anomalies.shape[axis] * normals.shape[axis])
+
+    result = bootstrap((scores[labels == 1], scores[labels == 0]), auroc, n_resamples=2000, batch=100,
+                       method="percentile", rng=np.random.default_rng(0))
+    return value, [float(v) for v in result.confidence_interval]
+
+
+def within_groups(labels, scores, groups):
+    """{group: AUROC of its anomalies against its own normals}, for groups that hold both."""
+    groups = np.array(groups)
+    return {g: float(roc_auc_score(labels[groups == g], scores[groups == g])) for g in sorted(set(groups))
+            if len(set(labels[groups == g])) == 2}
+
+
+def floors(data, settings, device, batch):
+    """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
+    def flat(images):                       # at 32 px, divided by the mean (n, 1024), and the mean (n,)
+        small = torch.cat([F.interpolate(to_float(chunk, 1, "cpu"), (32, 32), mode="bilinear", antialias=True)
+                           for chunk in images.split(256)]).flatten(1)
+        return small / small.mean(1, keepdim=True).clamp(min=1e-6), small.mean(1)
+
+    (test, brightness), (train, _) = flat(data.test), flat(data.train)
+    nearest = torch.cat([torch.cdist(chunk, train).amin(1) for chunk in test.split(256)])
+    torch.manual_seed(settings["seed"])                     # the weights that training began with
+    encoder = Encoder(settings["channels"], K, settings["stem"]).to(device, memory_format=torch.channels_last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # that its classifier knows nothing is the point
+        stats = csi_fit(*embed(encoder, data.train, settings["shift"], 1, device, batch))
+    untrained = csi_parts(stats, *embed(encoder, data.test, settings["shift"], 1, device, batch))["csi"]
+    scores = {"minus mean brightness": -brightness, "nearest neighbour on 32 px pixels": nearest,
+              "encoder untrained": untrained}
+    return {name: float(roc_auc_score(data.labels, score)) for name, score in scores.items()}
+
+
+def examples(path, data, scores):
+    """The eight most and least anomalous test images of each label, as one picture."""
+    size, order, rows = data.test.shape[-1], torch.from_numpy(np.argsort(-scores, kind="stable")), {}
+    for name, label in (("anomalies", 1), ("normals", 0)):
+        mine = order[data.labels[order] == label]
+        rows |= {f"{name}, highest scores": mine[:8], f"{name}, lowest": mine[-8:]}
+    tiles = [list(data.test[row].float() / 255) for row in rows.values()]
+    tiles = [row + [None] * (8 - len(row)) for row in tiles]                # fewer than 8 images of a kind
+    save_grid(path, tiles, [], max(1, 128 // size), list(rows))
+
+
+def tell(metrics):
+    """Print what `measure` found."""
+    interval = metrics["auroc_interval_95"]
+    spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else "too few for an interval"
+    print(f"  AUROC {metrics['auroc']:.4f}  ({spread})  average precision {metrics['average_precision']:.4f}")
+    if metrics["within_group_auroc"]:
+        print("  within group: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["within_group_auroc"].items())
+              + f"  mean {metrics['within_group_mean']:.3f}")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from scipy.stats import binomtest
 
 from dia_lib import (
     SUFFIXES, Encoder, Item, autocast, csi_parts, embed, load_checkpoint, load_encoder, number, pick_device,
-    read_images, run, save_checkpoint, save_grid, sha256_of, shared_flags, to_float, walk, whole,
+    read_images, run, save_checkpoint, save_grid, shared_flags, to_float, walk, whole,
 )
-from evaluate import auroc_interval, data_of, training_stats
+from evaluate import auroc_interval, data_of, training_stats, weights_of
 
 SCORES = ("csi", "cos", "local")        # the paper's; its cosine alone; nearest neighbour of local features
 
@@ -176,7 +176,8 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
     """
     out, device = Path(out), pick_device(device)
     state = load_checkpoint(out / "dia.pt", "dia", device)
-    known, encoder = load_known(out, passes), load_encoder(state, device)
+    key, encoder = {"weights": weights_of(state), "passes": passes}, load_encoder(state, device)
+    known = load_known(out, key)
     run = Run(out, state["settings"], state["step"], encoder, known, device, passes, batch)
     if known is None:
         data = data or data_of(run.settings, out, ("train",))
@@ -185,20 +186,18 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
                      "held": data.digests["held"], "local": local_fit(encoder, data.train, device, batch)}
         mine = data.held[data.calibration]
         run.known["calibration"] = run.parts(mine) if len(mine) else dict.fromkeys(SCORES, torch.empty(0))
-        key = {"dia_sha256": sha256_of(out / "dia.pt"), "passes": passes}
         save_checkpoint(out / "predict.pt", "predict", key, run.known)
     return run
 
 
-def load_known(out, passes):
-    """What predict.pt keeps of the training data for this dia.pt with that many passes, or None."""
+def load_known(out, key):
+    """What predict.pt keeps of the training data for this encoder and number of passes, or None."""
     if not (out / "predict.pt").exists():
         return None
     try:
         state = load_checkpoint(out / "predict.pt", "predict", "cpu")
     except SystemExit:
         return None                                                                 # it is made again
-    key = {"dia_sha256": sha256_of(out / "dia.pt"), "passes": passes}
     return state if key.items() <= state["settings"].items() else None
 
 
@@ -220,7 +219,7 @@ def p_values(calibration, scores):
 
 def expected_rate(fpr, n):
     """Mean false-positive rate of deciding by p <= fpr with n calibration images."""
-    return math.floor(fpr * (n + 1) + 1e-9) / (n + 1)                       # 0.05 * 60 is 3, not 2.9999
+    return math.floor(fpr * (n + 1) + 1e-9) / (n + 1)                       # 0.29 * 100 is 29, not 28.99
 
 
 def decisions(p, labels, fpr, n):

@@ -143,15 +143,13 @@ def copy(source, target):
 
 def copy_all(plan, root, part):
     """Copy all images into part, in parallel. Returns those that cannot be read: {name below root: why}."""
-    left_out, pool = {}, ThreadPoolExecutor()
-    try:
+    left_out = {}
+    with ThreadPoolExecutor() as pool:
         reasons = pool.map(lambda target: copy(root / plan[target], part / target), plan)
         bar = tqdm(reasons, "copying", len(plan), unit="image", disable=None, leave=False)
         for name, why in zip(plan.values(), bar, strict=True):
             if why:
                 left_out[name] = why.replace(f"{root}{os.sep}", "")         # no paths of this machine
-    finally:
-        pool.shutdown(cancel_futures=True)                                  # so that Ctrl-C does not wait
     return left_out
 
 

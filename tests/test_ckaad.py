@@ -266,8 +266,7 @@ def test_pixel_metrics_equal_a_count():
 
 
 def test_masks_keep_thin_anomalies_and_may_be_of_ones(tmp_path):
-    """One pixel of 64 in each direction, halved and quartered; masks of 0 and 1; an empty one says
-    nothing."""
+    """One pixel of 64 in each direction, halved and quartered; masks of 0 and 1; empty ones."""
     file = tmp_path / "ground_truth/scratch/000_mask.png"
     file.parent.mkdir(parents=True)
     for high in (1, 255):

@@ -15,7 +15,7 @@ from dia_lib import decode, load_data, to_float
 
 
 def medmnist(path, n=30, size=28, **changes):
-    """A file in MedMNIST's format, label 0 normal, 1 anomaly: 20 + 10 in train, 3 + 1 in val, 7 + 3 in test."""
+    """A file in MedMNIST's format, 0 is normal, 1 anomalous: train 20 + 10, val 3 + 1, test 7 + 3."""
     rng, arrays = np.random.default_rng(1), {}
     for split, count in (("train", n), ("val", 4), ("test", 10)):
         labels = (np.arange(count) % 3 == 2).astype(np.uint8)[:, None]
@@ -98,7 +98,8 @@ def test_two_sizes_give_images_in_the_same_order(many):
         large, small = (load_data(str(many), size, holdout=holdout) for size in (16, 8))
         for name in ("train", "held", "test"):
             at_8 = [decode(image[0].numpy(), 8)[0].tobytes() for image in getattr(large, name)]
-            assert at_8 == each(getattr(small, name)) and torch.equal(large.digests[name], small.digests[name])
+            assert at_8 == each(getattr(small, name))
+            assert torch.equal(large.digests[name], small.digests[name])
 
 
 def test_npz_at_two_sizes_gives_images_in_the_same_order(tmp_path):
@@ -110,11 +111,12 @@ def test_npz_at_two_sizes_gives_images_in_the_same_order(tmp_path):
 
 
 def test_equal_images_are_on_the_same_side_and_in_the_same_half(many):
-    data = load_data(str(many), 16, ("train",), 0.5)
-    held, half = each(data.held), data.calibration.tolist()
-    assert not set(held) & set(each(data.train)) and len(set(held)) < len(held)
-    assert len(set(zip(held, half, strict=True))) == len(set(held)) and 0 < sum(half) < len(half)
-    assert len(held) + len(data.train) == 300
+    """At many shares, as a cut by number rarely falls between equal images."""
+    for share in np.arange(0.1, 0.9, 0.05):
+        data = load_data(str(many), 16, ("train",), share)
+        held, half = each(data.held), data.calibration.tolist()
+        assert not set(held) & set(each(data.train)) and len(held) + len(data.train) == 300
+        assert len(set(zip(held, half, strict=True))) == len(set(held)) and 0 < sum(half) < len(half)
 
 
 def test_shares_are_about_right_and_nested(many):
@@ -133,7 +135,7 @@ def test_shares_are_about_right_and_nested(many):
 
 
 def test_nothing_depends_on_names_places_or_the_order_of_files(many, tmp_path):
-    """The same training images by other names, in other folders and as another format: the same sets, in order."""
+    """The same training images by other names, in other folders, another format: the same sets, in order."""
     files = sorted((many / "train/good").iterdir())
     for i, file in enumerate(np.random.default_rng(1).permutation(files)):
         target = tmp_path / f"other/train/ok/{i % 7}/{i}.bmp"
@@ -144,7 +146,7 @@ def test_nothing_depends_on_names_places_or_the_order_of_files(many, tmp_path):
 
 
 def test_the_fingerprint_is_of_the_training_images(many, tmp_path):
-    """It changes with a pixel of a training image and with the share, not with the test images or the size."""
+    """It changes with a pixel of a training image and with the share, not with test images or the size."""
     shutil.copytree(many, tmp_path / "set")
     first = load_data(str(many), 16).fingerprint
     shutil.rmtree(tmp_path / "set/test/bad")
@@ -158,7 +160,7 @@ def test_the_fingerprint_is_of_the_training_images(many, tmp_path):
 
 
 def test_npz_with_a_val_split(tmp_path):
-    """Val's normals are held out and all training normals train, whatever the share; with 0 nothing is held out."""
+    """Val's normals are held out and all training normals train, whatever the share; with 0, none is."""
     path = str(medmnist(tmp_path / "pneumoniamnist_mini.npz"))
     with np.load(path) as file:
         normal = {s: [image.tobytes() for image in file[f"{s}_images"][file[f"{s}_labels"][:, 0] == 0]]
@@ -168,7 +170,8 @@ def test_npz_with_a_val_split(tmp_path):
         assert each(data.held) == normal["val"] and sorted(each(data.train)) == sorted(normal["train"])
         assert len(data.calibration) == 3 and len(data.digests["held"]) == 3
     data = load_data(path, holdout=0)
-    assert len(data.held) == len(data.calibration) == 0 and sorted(each(data.train)) == sorted(normal["train"])
+    assert len(data.held) == len(data.calibration) == 0
+    assert sorted(each(data.train)) == sorted(normal["train"])
 
 
 def test_npz_without_a_val_split(tmp_path):
@@ -190,9 +193,10 @@ def test_npz_without_a_val_split(tmp_path):
 def test_mvtec_layout(folder):
     data = load_data(str(folder), 32, holdout=0.2)
     assert len(data.train) + len(data.held) == 40 and data.train.shape[1:] == (1, 32, 32)
-    assert data.labels.tolist() == [int(p.split("/")[1] != "good") for p in data.paths] and data.labels.sum() == 18
+    assert data.labels.tolist() == [int(p.split("/")[1] != "good") for p in data.paths]
+    assert data.labels.sum() == 18 and data.name == "tiles"
     assert data.groups == [p.split("/")[1] for p in data.paths] and data.paths == sorted(data.paths)
-    assert data.name == "tiles" and data.defaults == {"shift": "rotate", "t_range": [30, 130], "image_size": 224}
+    assert data.defaults == {"shift": "rotate", "t_range": [30, 130], "image_size": 224}
     assert [len(data.digests[k]) for k in ("train", "held", "test")] == [len(data.train), len(data.held), 30]
     assert [decode(folder / path, 32)[0].tobytes() for path in data.paths] == each(data.test)
     assert load_data(str(folder), 32, ("train",)).test.shape[0] == 0
@@ -211,7 +215,7 @@ def test_defaults_of_prepared_json(folder, tmp_path):
 
 
 def test_imagefolder_layout_nested_linked_and_mixed(tmp_path):
-    """0_normal and 1_abnormal, images in nested and linked folders, of all sizes; a link back ends the walk."""
+    """0_normal and 1_abnormal, images in nested and linked folders, of any size; a link back ends a walk."""
     rng, root = np.random.default_rng(0), tmp_path / "set"
     deep = root / "train/0_normal/site a/day 1"
     images = [rng.integers(0, 256, (20 + i, 30 - i), np.uint8) for i in range(6)]
@@ -231,7 +235,7 @@ def test_imagefolder_layout_nested_linked_and_mixed(tmp_path):
 
 
 def test_modes_and_formats_decode_to_what_they_show(tmp_path):
-    """Exactly where the format is lossless; 16 bits by their full range; transparency is dropped; EXIF turns."""
+    """Exactly where the format is lossless; 16 bits by their full range; without transparency; EXIF turns."""
     grey = texture(np.random.default_rng(0), 40)
     rgb = np.stack([grey, grey // 2, 255 - grey], 2)
     image, alpha = Image.fromarray(rgb), np.full_like(grey, 90)
@@ -245,6 +249,9 @@ def test_modes_and_formats_decode_to_what_they_show(tmp_path):
     save(exact / "greya.png", np.dstack([grey, alpha]))
     for suffix in ("png", "tif", "pgm"):
         save(exact / f"grey16.{suffix}", grey.astype(np.uint16) * 257)
+    deep = np.array([[0, 256, 257], [513, 514, 65535]], np.uint16)
+    save(tmp_path / "deep.png", deep)
+    assert decode(np.array([[0, 0, 1], [1, 2, 255]], np.uint8), 3)[1] == decode(tmp_path / "deep.png", 3)[1]
     exif = Image.Exif()
     exif[0x0112] = 6                                                        # to be shown turned by 90 degrees
     image.rotate(90, expand=True).save(exact / "rgb_turned.png", exif=exif)
@@ -265,7 +272,7 @@ def test_modes_and_formats_decode_to_what_they_show(tmp_path):
 
 
 def test_resizing_is_to_a_square_bilinear_and_antialiased(tmp_path):
-    """The aspect is not kept; a fine pattern becomes its mean, not a coarse one; the same size changes nothing."""
+    """The aspect is not kept; a fine pattern becomes its mean; at its own size nothing changes."""
     fine = np.tile(np.array([[0, 255], [255, 0]], np.uint8), (40, 60))
     save(tmp_path / "fine.png", fine)
     pixels = decode(tmp_path / "fine.png", 10)[0]
@@ -300,12 +307,12 @@ def test_rgb_files_without_colour_are_grey(tmp_path):
         save(tmp_path / f"train/good/{i}.png", np.stack([texture(np.random.default_rng(i), 20)] * 3, 2))
     assert load_data(str(tmp_path), 16, ("train",), holdout=0).train.shape == (3, 1, 16, 16)
     speck = np.full((200, 200, 3), 90, np.uint8)
-    speck[0, 0, 0] = 93                                             # colour that vanishes at 16 px is colour still
+    speck[0, 0, 0] = 93                                                 # colour that vanishes at 16 px
     save(tmp_path / "train/good/speck.png", speck)
     images = load_data(str(tmp_path), 16, ("train",), holdout=0).train
     assert images.shape == (4, 3, 16, 16)
     assert {decode(p, 16)[0][0].tobytes() for p in (tmp_path / "train/good").iterdir()} == {
-        image[c].numpy().tobytes() for image in images for c in range(3)}          # grey before and after the first
+        image[c].numpy().tobytes() for image in images for c in range(3)}      # the grey ones are as before
 
 
 def test_npz_in_medmnist_format(tmp_path):
@@ -348,7 +355,8 @@ def sentence(*args, **kwargs):
 def test_wrong_folders(tmp_path, folder):
     assert "no such folder" in sentence("nowhere/at/all")
     (tmp_path / "a").mkdir()
-    assert "no folder train" in sentence(str(tmp_path)) and "found a. Other layouts" in sentence(str(tmp_path))
+    assert "no folder train" in sentence(str(tmp_path))
+    assert "found a. Other layouts: python -m extras.prepare" in sentence(str(tmp_path))
     for name in ("cats", "dogs"):
         (tmp_path / "train" / name).mkdir(parents=True)
     assert "no candidates for the normal class" in sentence(str(tmp_path))
@@ -378,23 +386,21 @@ def test_wrong_npz(tmp_path):
     assert "no train image has the normal label 7" in sentence(str(good), normal_class="7")
     assert "integers" in sentence(str(good), normal_class="benign")
     assert "no such file" in sentence(str(tmp_path / "absent.npz"), normal_class="0")
-    assert "no train_labels" in sentence(str(medmnist(tmp_path / "a.npz", train_labels=None)), normal_class="0")
-    assert "no val_labels" in sentence(str(medmnist(tmp_path / "j.npz", val_labels=None)), normal_class="0")
-    volume = medmnist(tmp_path / "b.npz", train_images=np.zeros((3, 8, 8, 8), np.uint8))
-    assert "2-D images" in sentence(str(volume), normal_class="0")
-    labels = medmnist(tmp_path / "c.npz", train_labels=np.zeros((30, 14), np.uint8))
-    assert "one integer for each of 30 images" in sentence(str(labels), normal_class="0")
-    for wrong in (np.array(3), np.array(["a"] * 30), np.full(30, np.nan)):
-        assert "one integer" in sentence(str(medmnist(tmp_path / "h.npz", train_labels=wrong)), normal_class="0")
-    empty = medmnist(tmp_path / "i.npz", train_images=np.zeros((0, 8, 8), np.uint8),
-                     train_labels=np.zeros((0, 1), np.uint8))
-    assert "no train image" in sentence(str(empty), normal_class="0")
-    torn = good.read_bytes()[:5000]
-    for name, content in (("e.npz", torn), ("f.npz", b"hello"), ("g.npz", b"")):
-        (tmp_path / name).write_bytes(content)
-        assert "not a readable npz" in sentence(str(tmp_path / name), normal_class="0")
-    objects = np.array([{}], dtype=object)
-    assert "not a readable npz" in sentence(str(medmnist(tmp_path / "k.npz", train_images=objects)), normal_class="0")
+
+    def refused(**changes):
+        return sentence(str(medmnist(tmp_path / "wrong.npz", **changes)), normal_class="0")
+
+    assert "no train_labels" in refused(train_labels=None) and "no val_labels" in refused(val_labels=None)
+    assert "2-D images" in refused(train_images=np.zeros((3, 8, 8, 8), np.uint8))
+    assert "2-D images" in refused(test_images=np.zeros((10, 8, 8), np.float32))
+    for wrong in (np.zeros((30, 14), np.uint8), np.array(3), np.array(["a"] * 30), np.full(30, np.nan)):
+        assert "one integer for each of 30 images" in refused(train_labels=wrong)
+    none = np.zeros((0, 8, 8), np.uint8)
+    assert "no train image" in refused(train_images=none, train_labels=none[:, :1, 0])
+    assert "not a readable npz" in refused(train_images=np.array([{}], dtype=object))
+    for content in (good.read_bytes()[:5000], b"hello", b""):
+        (tmp_path / "torn.npz").write_bytes(content)
+        assert "not a readable npz" in sentence(str(tmp_path / "torn.npz"), normal_class="0")
 
 
 def test_a_small_file_that_unpacks_to_much_is_refused_unread(tmp_path):

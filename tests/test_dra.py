@@ -270,7 +270,7 @@ def test_dra_from_the_command_line(tiny, chain, tmp_path, capsys, monkeypatch):
     # Heads, optimizer, group, scales: each reaches the weights; the backbone begins anew for each.
     state = {}
     for name, extra in (("same", []), ("devnet", ["--heads", "seen"]), ("joint", ["--heads", "joint"]),
-                        ("two", ["--scales", 2]), ("paper", ["--optimizer", "paper"]),
+                        ("two", ["--scales", 2]), ("paper", ["--optimizer", "paper", "--lr", 0.002]),
                         ("dent", ["--anomaly-class", "dent", "--shots", 3]),
                         ("dia", ["--backbone", f"dia:{chain}"])):
         words = [*args, "--shots", 6, "--epochs", 1, *extra, "--out", tmp_path / name]
@@ -284,7 +284,8 @@ def test_dra_from_the_command_line(tiny, chain, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "same/scores.csv").read_text() == (tmp_path / "a/shots-6/scores.csv").read_text()
     assert {k.split(".")[1] for k in state["devnet"]["model"] if k.startswith("heads")} == {"seen"}
     assert {k.split(".")[1] for k in state["joint"]["model"] if k.startswith("heads")} == {"joint"}
-    assert state["paper"]["optimizer"]["param_groups"][0]["weight_decay"] == 1e-2
+    groups = {name: state[name]["optimizer"]["param_groups"][0] for name in ("joint", "paper")}
+    assert [(g["lr"], g["weight_decay"]) for g in groups.values()] == [(2e-4, 1e-5), (0.002, 1e-2)]
     weights = [state[name]["model"]["heads.seen.score.weight"] for name in ("two", "paper", "dent")]
     assert len({w.sum().item() for w in weights}) == 3
     metrics = json.loads((tmp_path / "dent/metrics.json").read_text())
@@ -299,6 +300,7 @@ def test_dra_from_the_command_line(tiny, chain, tmp_path, capsys, monkeypatch):
 def test_scores_are_the_same_at_every_evaluation(tiny, tmp_path, monkeypatch):
     """References are clean training normals and fixed: an image's score is the same whatever is beside it."""
     kept = {}
+
     def keep(setting, score, out, shots):
         kept.update(score=score, data=setting.data, net=setting)
         return {"auroc": 0.5}
@@ -344,6 +346,10 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path, monkeypatch):
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     said = call(dra, *args, "--epochs", 8, "--resume", "--out", tmp_path / "cut")
     assert "made with --epochs 7, not 8" in said
+    rows = [json.loads(line) for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
+    seconds = [row["seconds"] for row in rows if row["stage"] == "dra"]     # those before the stop count
+    assert seconds == sorted(seconds)
+    assert json.loads((tmp_path / "cut/metrics.json").read_text())["seconds"] >= seconds[-1] > 0
     before = (tmp_path / "cut/metrics.json").read_bytes()
     assert call(dra, *args, "--resume", "--out", tmp_path / "cut") is None          # done already: no mistake
     assert (tmp_path / "cut/metrics.json").read_bytes() == before

@@ -271,6 +271,9 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
     memory = nearest.sample(setting, setting.features(setting.data.train), 0, 0)
     assert len(memory) == metrics["patches_kept"]
     score = setting.by_patches(lambda x: nearest.nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]))
+    held = score(setting.data.held[setting.data.calibration])[0].numpy()    # what p-values are taken from
+    expected = [(1 + (held >= s).sum()) / (len(held) + 1) for s in scores]
+    assert [float(r["p_value"]) for r in rows] == pytest.approx(expected, abs=1e-5)
     scores, maps = score(setting.data.train)
     assert scores.shape == maps.shape[:1] == setting.data.train.shape[:1] and maps.max() == 0
 

@@ -271,7 +271,7 @@ def main():
     parser.set_defaults(shots=None)                           # 10 where neither they nor --labelled are given
     parser.add_argument("--labelled", type=percent, nargs="+", metavar="P%",
                         help="labelled anomalies, as shares of the training images, instead of --shots: 5%% "
-                        "of 1,012 normals are 53 (default: none)")
+                        "of 1,024 normals are 54 (default: none)")
     parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies "
                         "serve for: nothing (recon), to be reconstructed badly, or one of three adversarial "
                         "losses (default: patch)")

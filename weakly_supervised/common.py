@@ -92,7 +92,7 @@ class Setting:
     def say(self, *words):
         """Print what was found, and what is about to be done."""
         args, shots = self.args, ", ".join(map(str, getattr(self.args, "shots", ["no"])))
-        words = ", ".join(map(str, [*args.layers, *words, f"seed {args.seed}"]))
+        words = ", ".join([" ".join(map(str, args.layers)), *words, f"seed {args.seed}"])
         print(f"{found(self.data)}\n{self.method}, {shots} labelled anomalies, {args.backbone} at "
               f"{self.size} px, layers {words}; {precision(self.device)}", flush=True)
 
