@@ -121,8 +121,9 @@ def load_stage1(args, data, state):
                          "--diffusion.")
     if stage1["step"] < s["steps"]:
         print(f"note: {path} stopped at step {stage1['step']} of {s['steps']}")
+    given = {k: v for k, v in s["given"].items() if k not in ("data", "save_every")}
     return stage1, {"dissolve_size": s["dissolve_size"], "diffusion": str(path), "diffusion_sha256": digest,
-                    "stage1": {k: v for k, v in s["given"].items() if k not in ("data", "save_every")}}
+                    "stage1": {**given, "steps": stage1["step"]}}
 
 
 def main():

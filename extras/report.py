@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_curve
 
-from dia_lib import run, whole
+from dia_lib import load_checkpoint, run, whole
+from evaluate import weights_of
 from extras.predict import load_known, p_values
 
 PROCESSOR = "AMD EPYC"                  # that minutes are of, where no other is named
@@ -172,7 +173,8 @@ def report(out):
     labels, scores = np.array([int(r["label"]) for r in rows]), np.array([float(r["score"]) for r in rows])
     groups = np.array([r["group"] for r in rows])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    known = load_known(out, metrics["passes"])
+    weights = weights_of(load_checkpoint(out / "dia.pt", "dia", "cpu"))
+    known = load_known(out, {"weights": weights, "passes": metrics["passes"]})
     calibration = known["calibration"]["csi"].numpy() if known else []
     pictures = {"roc": lambda figure: roc(figure, labels, scores, metrics),
                 "scores": lambda figure: score_histograms(figure, labels, scores, groups),

@@ -1,6 +1,6 @@
-"""The study's tables and plots, from the csv files in this folder alone: no number in them is typed by hand.
+"""The study's tables, from the csv files in this folder alone: no number in them is typed by hand.
 
-    python -m study.results                     # rewrites the tables; draws the plots, if matplotlib is there
+    python -m study.results                     # rewrites the tables
     python -m study.results runs/elpv ...       # first adds runs that evaluate.py has scored
 
 What stands between `<!-- study: NAME -->` and `<!-- end -->` in README.md here is replaced. Runs are grouped
@@ -35,7 +35,7 @@ PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "r
          ("diffusion", "copy"), ("resize", "none"), ("residual", "none"), ("residual", "copy"),
          ("gaussian", "none"), ("median", "none"), ("gaussian", "diffusion"), ("median", "diffusion")]
 USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run has
-SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"                   # the settings of the plots
+SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"                   # the two main settings
 SUMMARY = {"400 steps, weight 1,000": SHOWN,
            "the same, nothing resized": "400 steps, dissolve_size=64, twin_weight=1000.0",
            "the same, 96 px": "400 steps, image_size=96, twin_weight=1000.0", "2,000 steps, weight 1": LONGER}
@@ -356,81 +356,6 @@ def page():
     return put(text, "search", search(rows))
 
 
-# ---- Plots -----------------------------------------------------------------------------------------------
-
-
-def plot_contrast(path, rows, settings):
-    """Test AUROC of every mode: a line of panels for each {name: setting}, a panel a score, a dot a seed."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 0.4 + 2.4 * len(settings)), layout="constrained")
-    modes = [m for m in MODES if any(of(rows, m, s, SCORES[0]) for s in settings.values())]
-    panels = figure.subplots(len(settings), len(SCORES), sharex=True, sharey="col", squeeze=False)
-    for line, (name, setting) in zip(panels, settings.items(), strict=True):
-        for axes, score in zip(line, SCORES, strict=True):
-            for i, mode in enumerate(modes):
-                values = [r["auroc"] for r in of(rows, mode, setting, score).values()]
-                if values:
-                    colour, mean = f"C{MODES.index(mode)}", statistics.fmean(values)
-                    axes.plot([i] * len(values), values, "o", color=colour, alpha=0.7)
-                    axes.plot([i - 0.3, i + 0.3], [mean, mean], color=colour)
-            axes.set(xticks=range(len(modes)), xticklabels=modes)
-            axes.tick_params(axis="x", rotation=30)
-        line[0].set_ylabel(f"test AUROC\n{name}")
-    for axes, score in zip(panels[0], SCORES, strict=True):
-        axes.set_title(f"score: {score}")
-    figure.savefig(path, dpi=110)
-
-
-def curves(rows, mode, setting, score):
-    """{seed: its rows, by steps} of the reporting runs of a mode and setting, with those kept on the way."""
-    found = {}
-    for r in sorted(tested(rows, mode, setting, score), key=lambda r: r["steps"]):
-        found.setdefault(r["seed"], []).append(r)
-    return found
-
-
-def plot_curves(path, rows, setting):
-    """Test AUROC over steps (above) and over minutes of stage 2 (below): a line a run, by the weights kept.
-
-    A run of which only the last step was tested is a dot above and is left out below.
-    """
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
-    for line, x in zip(figure.subplots(2, len(SCORES), sharey="col"), ("steps", "minutes"), strict=True):
-        for axes, score in zip(line, SCORES, strict=True):
-            for mode in MODES:
-                runs = list(curves(rows, mode, setting, score).values())
-                runs = [[r for r in run if r[x] is not None] for run in runs if x == "steps" or len(run) > 1]
-                for i, run in enumerate(sorted(runs, key=len, reverse=True)):
-                    axes.plot([r[x] for r in run], [r["auroc"] for r in run], ".-",
-                              color=f"C{MODES.index(mode)}", label=None if i else mode)
-            axes.set(title=f"score: {score}", xlabel=x)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
-    for axes in figure.axes[::len(SCORES)]:
-        axes.set_ylabel("AUROC on the test set")
-    figure.savefig(path, dpi=110)
-
-
-def plot_sensitivity(path, probes, score):
-    """AUROC of held-out normals against themselves with a dark spot, over its size; a panel a contrast."""
-    from matplotlib.figure import Figure
-    cells = [name.split("_")[1:] for name in probes[0] if name.startswith(f"{score}_")]
-    contrasts = sorted({c for _, c in cells}, key=float)
-    figure = Figure(figsize=(2.4 * len(contrasts), 2.8), layout="constrained")
-    for axes, contrast in zip(figure.subplots(1, len(contrasts), sharey=True), contrasts, strict=True):
-        diameters = sorted({d for d, c in cells if c == contrast}, key=float)
-        for i, mode in enumerate(MODES):
-            runs = [r for r in probes if r["dissolve"] == mode]
-            if runs:
-                each = [[float(r[f"{score}_{d}_{contrast}"]) for r in runs] for d in diameters]
-                means = [statistics.fmean(values) for values in each]
-                axes.plot([100 * float(d) for d in diameters], means, color=f"C{i}", marker=".", label=mode)
-        axes.set(title=f"{float(contrast):.0%} darker", xlabel="diameter, % of the side")
-    figure.axes[0].legend()
-    figure.axes[0].set_ylabel(f"AUROC, score {score}")
-    figure.savefig(path, dpi=110)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -444,16 +369,6 @@ def main():
         print(f"added {out}")
     (HERE / "README.md").write_text(page())
     print(f"wrote the tables in {HERE / 'README.md'}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print("no plots: they need matplotlib (pip install matplotlib)")
-        return
-    rows, pictures = read(HERE / "results.csv"), HERE.parent / "pictures"
-    plot_contrast(pictures / "contrast.png", rows, {n: s for n, s in SUMMARY.items() if s in (SHOWN, LONGER)})
-    plot_curves(pictures / "curves.png", rows, LONGER)
-    plot_sensitivity(pictures / "sensitivity.png", read_probes(HERE / "probe.csv", SHOWN), "local")
-    print(f"drew the plots in {pictures}")
 
 
 if __name__ == "__main__":

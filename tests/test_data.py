@@ -212,6 +212,9 @@ def test_defaults_of_prepared_json(folder, tmp_path):
     assert data.train.shape[-1] == 48 and load_data(str(tmp_path / "set"), 32).train.shape[-1] == 32
     (tmp_path / "set/prepared.json").write_text("{}")
     assert load_data(str(tmp_path / "set"), 32).defaults["shift"] == "rotate"
+    for text in ("{", "[]", '{"defaults": 3}'):
+        (tmp_path / "set/prepared.json").write_text(text)
+        assert "prepared.json is not" in sentence(str(tmp_path / "set"), 32)
 
 
 def test_imagefolder_layout_nested_linked_and_mixed(tmp_path):

@@ -435,8 +435,14 @@ def test_report_draws_the_pictures_or_says_what_is_missing(own_chain, tmp_path, 
     assert "run evaluate.py on it first" in call(report, tmp_path)
     assert call(report, own_chain) is None
     assert "drew roc.png, scores.png, training.png in" in capsys.readouterr().out
-    predict.load_run(own_chain, passes=2)                                 # as evaluate's passes in the chain
+    run = predict.load_run(own_chain, passes=2)                           # as evaluate's passes in the chain
+    plotted, plot = [], report.p_value_plot
+    monkeypatch.setattr(report, "p_value_plot", lambda *args: plotted.append(args) or plot(*args))
     assert call(report, own_chain) is None
+    (_, labels, p, n), = plotted
+    rows = table(own_chain / "scores.csv")
+    assert np.array_equal(p, run.p_values(np.array([float(r["score"]) for r in rows])))
+    assert labels.tolist() == [int(r["label"]) for r in rows] and n == len(run.known["calibration"]["csi"])
     names = ("roc", "scores", "training", "p_values")
     assert "drew roc.png, scores.png, training.png, p_values.png in" in capsys.readouterr().out
     assert all(np.asarray(Image.open(own_chain / f"{name}.png").convert("L")).std() > 10 for name in names)

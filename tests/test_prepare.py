@@ -126,20 +126,18 @@ def test_without_anomalies_there_is_no_group(scans, tmp_path):
     assert load_data(str(tmp_path / "out"), 24).labels.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("names", [
-    [f"site {i // 4}/{i % 4}.png" for i in range(8)],                       # the same names at two sites
-    [f"{'ab'[i // 4]}/{'xX'[i // 4]}{i % 4}.png" for i in range(8)],        # one name where case is ignored
-    [*(f"{i}.png/0.png" for i in range(4)), *(f"b/{i}.png" for i in range(4))],     # folders called as images
-    ["0.png", "1.png", "a/0.png", "a/a/0.png", "a/1.png", "b/2.png"]])
-def test_names_that_clash_lose_no_image(names, tmp_path):
-    """All images come through, under names that differ where case is ignored, too; others keep theirs."""
-    make(tmp_path / "set/n", *names)
-    make(tmp_path / "set/ill", "0.png", "n/0.png")
-    assert call(prepare, tmp_path / "set", tmp_path / "out", "--normal", "n", "--anomaly", "ill") is None
+@pytest.mark.parametrize("folder, names, made", [
+    ("ill", ["0.png", "a/0.png", "a/b/0.png", "a/1.png"],                  # one name at several sites
+     ["ill/0.png", "ill/a/0.png", "ill/a/b/0.png", "1.png"]),
+    ("ill", ["a/x.png", "b/X.png", "b/y.png"], ["ill/a/x.png", "ill/b/X.png", "y.png"]),    # but for the case
+    ("ill.png", ["a/1.png", "b/1.png", "ill.png", "2.png"],                     # a folder called as an image
+     ["ill.png/a/1.png", "ill.png/b/1.png", "ill.png/ill.png", "2.png"])])
+def test_names_that_clash_get_their_folders_in_front(folder, names, made, tmp_path):
+    """All images come through, also where the file system ignores the case; other names stay."""
+    make(tmp_path / "set", *(f"{folder}/{name}" for name in names), *(f"well/{i}.png" for i in range(4)))
+    assert call(prepare, tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", folder) is None
     assert images(tmp_path / "out") == images(tmp_path / "set")
-    made = {n.lower() for n in contents(tmp_path / "out")} - {"prepared.json"}
-    assert len(made) == len(names) + 2 and {"test/ill/ill/0.png", "test/ill/ill/n/0.png"} <= made
-    assert "b/2.png" not in names or any(n.endswith("/normal/2.png") for n in made)
+    assert set(contents(tmp_path / "out/test" / folder)) == set(made)
 
 
 def test_images_that_cannot_be_read_are_left_out_and_named(scans, tmp_path, capsys):

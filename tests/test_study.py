@@ -15,7 +15,7 @@ import dia_lib
 import evaluate
 import train_dia
 from extras import predict
-from study import calibration, probe, results
+from study import probe, results
 
 HEADER = ("data,dissolve,settings,seed,steps,score,minutes,val_auroc,auroc,ap,within_group_auroc,commit,"
           "processor")
@@ -178,26 +178,12 @@ def test_summary_has_the_settings_below_each_other(tables, monkeypatch):
                                           + [["not run", "0.900"]] * 3)
 
 
-def test_curves_have_the_steps_kept_on_the_way(tables):
-    """Of the reporting runs alone; CSI stands beside settings whose twin it does not have."""
-    found = results.curves(tables, "diffusion", "400 steps", "csi")
-    assert {seed: [(r["steps"], r["auroc"]) for r in run] for seed, run in found.items()} == {
-        0: [(200, 0.61), (400, 0.71)], 1: [(400, 0.73)]}
-    assert list(results.curves(tables, "none", "400 steps, twin_weight=1000.0", "csi")) == [1]
-
-
-def test_plots_and_similarities(tables, tmp_path):
+def test_similarities_are_means_over_the_runs_of_a_mode():
     cells = {f"csi_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}
     probes = [{"dissolve": m, "seed": str(i), "sim_resize": v, **cells}
               for i, (m, v) in enumerate((("diffusion", "0.5"), ("diffusion", "0.7"), ("none", "0.9")))]
     assert results.similarities(probes).splitlines()[2:] == ["| DIA (`diffusion`) | 0, 1 | 0.60 |",
                                                              "| CSI (`none`) | 2 | 0.90 |"]
-    pytest.importorskip("matplotlib")
-    results.plot_contrast(tmp_path / "contrast.png", tables, {"a": "400 steps", "b": "2000 steps"})
-    results.plot_sensitivity(tmp_path / "sensitivity.png", probes, "csi")
-    results.plot_curves(tmp_path / "curves.png", tables, "400 steps")
-    names = ("contrast", "curves", "sensitivity")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in names)
 
 
 def by_hand(rows, column):
@@ -403,22 +389,3 @@ def test_probe_of_a_run(chain, folder, tmp_path, monkeypatch, capsys):
     args = ["--data", folder, "--out", other, *STAGE2, "--holdout", "0.2", "--dissolve", "none", "--steps", 1]
     assert call(train_dia, *args) is None
     assert "not trained on the same images" in call(probe, "--out", other, *argv[2:])
-    assert "run evaluate.py" in call(calibration, "--out", other)
-
-
-def test_dealt_decisions_keep_their_rate():
-    """Mixed and dealt anew, the share of scores called anomalies is on average what theory expects."""
-    scores = np.random.default_rng(1).normal(size=70)
-    assert calibration.deal(scores, 39, 0.1, 4000).mean() == pytest.approx(0.1, abs=0.004)
-    assert calibration.deal(scores, 10, 0.05, 50).max() == 0            # 10 images can't give p <= 0.05
-
-
-def test_calibration_of_a_run_is_by_the_passes_it_was_scored_with(own_chain, capsys):
-    assert call(calibration, "--out", own_chain) is None
-    lines = capsys.readouterr().out.splitlines()
-    known = predict.load_run(own_chain, "cpu", passes=2).known["calibration"]["csi"].numpy()
-    with open(own_chain / "scores.csv", newline="") as file:
-        normals = np.array([float(r["score"]) for r in csv.DictReader(file) if r["label"] == "0"])
-    share = (predict.p_values(known, normals) <= 0.2).mean()
-    assert f"{len(known)} calibration and 12 test normals" in lines[-5]
-    assert lines[-1].startswith("fpr 0.20: ") and f"as held out in training {share:.3f};" in lines[-1]
