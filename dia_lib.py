@@ -16,6 +16,7 @@ Random numbers are inputs: a step draws them all first; views, networks and loss
 
 import argparse
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -523,7 +524,10 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     elif path.is_dir():
         items = folder_items(path, splits, normal_class)
         if (path / "prepared.json").is_file():                              # of extras/prepare.py
-            defaults |= json.loads((path / "prepared.json").read_text()).get("defaults", {})
+            try:
+                defaults |= json.loads((path / "prepared.json").read_text()).get("defaults", {})
+            except (ValueError, TypeError, AttributeError):
+                raise SystemExit(f"{path}/prepared.json is not as extras.prepare writes it.") from None
     else:
         raise SystemExit(f"--data {data}: no such folder, npz file or set; sets known by name: elpv, "
                          f"{', '.join(MEDMNIST_MD5)}.")
@@ -552,7 +556,8 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
 def found(data):
     """What was found, in a line, for the start of each script."""
     kinds = Counter(zip(data.labels.tolist(), data.groups, strict=True))
-    test = "".join(f"; test {('normal', 'anomalous')[y]} {g}: {n:,}" for (y, g), n in sorted(kinds.items()))
+    names = {key: " ".join(dict.fromkeys((("normal", "anomalous")[key[0]], key[1]))).strip() for key in kinds}
+    test = "".join(f"; test {names[key]}: {n:,}" for key, n in sorted(kinds.items()))
     return (f"{data.name}: train normal: {len(data.train):,}{test}; {data.train.shape[-1]} px, "
             f"{'grey' if data.train.shape[1] == 1 else 'RGB'}; {len(data.held):,} normals held out, "
             f"{int(data.calibration.sum()):,} of them for calibration")
@@ -596,8 +601,9 @@ def medmnist(name):
     with whole(cache) as temporary:
         try:
             torch.hub.download_url_to_file(url, str(temporary))             # https, with a progress bar
-        except OSError as error:
-            raise SystemExit(f"{url}: {error}. Try later, or fetch it by hand to {cache}.") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:   # or no HTTP came
+            why = str(error).strip()
+            raise SystemExit(f"{url}: {why}. Try later, or fetch it by hand to {cache}.") from None
         if not check_integrity(temporary, MEDMNIST_MD5[name]):
             raise SystemExit(f"{url}: what came is cut or changed (its MD5 is wrong). Try again.")
     return cache
@@ -708,15 +714,17 @@ def decode(source, size):
         if image.mode.startswith("I"):                                      # 16-bit grey
             image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         image = image.convert("RGB")
+        red, green, blue = image.split()
+        if all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue)):
+            image = red
+        digest = hashlib.sha256(f"{image.size}".encode())
+        digest.update(image.tobytes())
+        image = image.resize((size, size), Image.Resampling.BILINEAR)   # as it is where the size is the same
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"{source} cannot be read as an image ({error}): repair or remove it, or let python "
-                         "-m extras.prepare leave it out.") from None
-    red, green, blue = image.split()
-    if all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue)):
-        image = red
-    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
-    image = image.resize((size, size), Image.Resampling.BILINEAR)       # as it is where the size is the same
-    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1), int.from_bytes(digest[:8], "little")
+        raise SystemExit(f"{source} cannot be read as an image ({str(error) or 'too little memory'}): repair "
+                         "or remove it, or let python -m extras.prepare leave it out.") from None
+    pixels = np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+    return pixels, int.from_bytes(digest.digest()[:8], "little")
 
 
 def read_images(items, size):
