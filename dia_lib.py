@@ -409,7 +409,7 @@ def embed(encoder, images, shift, passes, device, batch=96, name=None):
     draws = [torch.rand(1 + AUGMENT, 1, generator=step_generator("cpu", 0, "test-time view", i))
              for i in range(passes * K)]
     mirrored, draws = [bool(u[0] < 0.5) for u in draws], [u[1:].to(device) for u in draws]
-    zs, logits = [torch.empty(0, K, 128)], [torch.empty(0, K, K)]
+    zs, logits = [], []
     for chunk in tqdm(images.split(batch), name, unit="batch", leave=False, disable=None if name else True):
         x = to_float(chunk, channels, device)                                           # (b, C, H, W)
         shifted = [shift_views(y, shift).chunk(K) for y in (x, x.flip(-1))]             # [flipped?][k]

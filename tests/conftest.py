@@ -1,4 +1,4 @@
-"""Shared by the tests: a cache of their own, a small folder of real-looking images with a known structure, one run on it."""
+"""Shared by the tests: a cache of their own, a small folder of images with a known structure, a run on it."""
 
 import contextlib
 import io
@@ -76,13 +76,12 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A set in MVTec's layout: 40 training normals, 12 test normals, 12 scratched and 6 dented anomalies, 40 px, grey."""
+    """MVTec's layout, 40 px, grey: 40 training and 12 test normals, 12 scratched and 6 dented anomalies."""
     root, rng = tmp_path_factory.mktemp("data") / "tiles", np.random.default_rng(0)
-    for name, count, defect in (("train/good", 40, False), ("test/good", 12, False), ("test/scratch", 12, True),
-                                ("test/dent", 6, True)):
+    for name, count in (("train/good", 40), ("test/good", 12), ("test/scratch", 12), ("test/dent", 6)):
         (root / name).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(texture(rng, 40, defect)).save(root / name / f"{i:03d}.png")
+            Image.fromarray(texture(rng, 40, "good" not in name)).save(root / name / f"{i:03d}.png")
     return root
 
 
@@ -98,12 +97,13 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(folder, weights):
     """Flags of a small run of a method with labelled anomalies."""
-    return ["--data", folder, "--backbone", "resnet18", "--weights", weights, "--image-size", 32, "--holdout", 0.3]
+    own = ["--backbone", "resnet18", "--weights", weights, "--image-size", 32, "--holdout", 0.3]
+    return ["--data", folder, *own]
 
 
 @pytest.fixture(scope="session")
 def chain(folder, tmp_path_factory):
-    """One tiny run of all stages on the folder of tiles, for all tests to read; `own_chain` is a copy to change."""
+    """A tiny run of all stages on the folder of tiles, for all tests to read; `own_chain` is a copy."""
     out = tmp_path_factory.mktemp("chain") / "run"
     assert call(train_diffusion, "--data", folder, "--out", out, *STAGE1) is None
     assert call(train_dia, "--data", folder, "--out", out, *STAGE2) is None
