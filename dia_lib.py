@@ -8,7 +8,7 @@ Letters, used everywhere:
     D  embedding size (128)  C H W  image             T  diffusion steps (1000)
     M  training images       Q  test images
 
-Images are uint8 in storage and float in [0, 1] in the pipeline; only the diffusion model works in [-1, 1].
+Images are uint8 in storage and float in [0, 1] in the pipeline; the networks scale it to [-1, 1].
 Rows of a batch of views are view-major, then shift, then image: row (v*K + k)*B + b. Views 0 and 1 are
 positives of each other, view 2 is the dissolved one. Anomaly scores: higher means more anomalous.
 Random numbers are inputs: a step draws them all first; views, networks and losses are functions of tensors.
@@ -125,7 +125,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the H*W positions, heads of 32 channels or a few more, added to its input."""
+    """Self-attention over the H*W positions, added to its input; heads of about 32 channels."""
 
     def __init__(self, dim):
         super().__init__()
@@ -207,7 +207,7 @@ AUGMENT = 11    # uniform numbers that the augmentation of one row takes
 
 
 def draw_step(seed, step, views, batch):
-    """All random numbers of a step of stage 2, uniform in [0, 1), a function of (seed, step) alone.
+    """All random numbers of a step of stage 2 but the batch itself, uniform in [0, 1): of (seed, step) alone.
 
     Returns u_t (B,), u_flip (V, B), u_augment (11, V*K*B), on the CPU: parts of one block.
     """
@@ -243,10 +243,14 @@ def augment(x, u, crop=(0.08, 1.0)):
     all n.  crop: lowest and highest share of the area.  Returns (n, C, H, W) in [0, 1]. On grey images
     (C = 1) hue, saturation and grey do nothing.
     """
-    jitter, contrast, hue, saturation, value, first, grey, area, aspect, y, x_ = u.view(AUGMENT, -1, 1, 1, 1)
+    u = u.view(AUGMENT, -1, 1, 1, 1)
+    jitter, contrast, hue, saturation, value, first, grey, area, aspect, cy, cx = u
     amount = 2 * (jitter < 0.8)                                    # (n, 1, 1, 1): 0 where nothing is jittered
-    contrast, saturation, value = (1 + 0.4 * (v - 0.5) * amount for v in (contrast, saturation, value))
-    hue, first = 0.1 * (hue - 0.5) * amount, first < 0.5
+    contrast = 1 + 0.4 * (contrast - 0.5) * amount
+    saturation = 1 + 0.4 * (saturation - 0.5) * amount
+    value = 1 + 0.4 * (value - 0.5) * amount
+    hue = 0.1 * (hue - 0.5) * amount
+    first = first < 0.5                                             # contrast before the rest, or after it
 
     def contrasted(x, factor):                                      # around each channel's mean
         return torch.lerp(x.mean((-2, -1), keepdim=True), x, factor).clamp(0, 1)
@@ -258,10 +262,11 @@ def augment(x, u, crop=(0.08, 1.0)):
         x = torch.where(grey < 0.2, luma(x), x)
 
     # choice: a crop that does not fit keeps its area and takes the nearest aspect that fits; CSI draws again
-    area, aspect = crop[0] + (crop[1] - crop[0]) * area.flatten(), 3 / 4 * (16 / 9) ** aspect.flatten()
-    aspect = torch.minimum(torch.maximum(aspect, area), 1 / area)                             # width / height
+    area = crop[0] + (crop[1] - crop[0]) * area.flatten()                               # (n,)
+    aspect = 3 / 4 * (16 / 9) ** aspect.flatten()                                       # width / height
+    aspect = torch.minimum(torch.maximum(aspect, area), 1 / area)
     h, w, zero = (area / aspect).sqrt(), (area * aspect).sqrt(), torch.zeros_like(area)
-    cy, cx = (2 * y.flatten() - 1) * (1 - h), (2 * x_.flatten() - 1) * (1 - w)          # of the crop's centre
+    cy, cx = (2 * cy.flatten() - 1) * (1 - h), (2 * cx.flatten() - 1) * (1 - w)         # of the crop's centre
     theta = torch.stack([w, zero, cx, zero, h, cy], 1).view(-1, 2, 3).expand(len(x), 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)                             # (n, H, W, 2)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
@@ -301,7 +306,8 @@ def dissolve_view(small, H, mode="diffusion", unet=None, t=None, abar=None, canv
     h = small.shape[-1]
     if mode == "diffusion":
         edge = max(0, canvas - h) // 2
-        y = to_01(dissolve(unet, to_pm1(pad_to(small, canvas)), t, abar))[..., edge:edge + h, edge:edge + h]
+        y = to_01(dissolve(unet, to_pm1(pad_to(small, canvas)), t, abar))
+        y = y[..., edge:edge + h, edge:edge + h]
     elif mode == "gaussian":
         y = gaussian_blur(small, 7, 1.4)                            # OpenCV's sigma for 7x7, as in the code
     elif mode == "median":
@@ -382,14 +388,14 @@ def contrastive_loss(z, views=3, tau=0.5, twins="negative"):
     with torch.autocast(z.device.type, enabled=False):
         N = len(z) // views
         z = F.normalize(z.float(), dim=1)                                       # (V*N, D)
-        sim = z[:2 * N] @ z.T / tau                                             # (2N, V*N), Eq. 6
+        sim = z[:2 * N] @ z.T / tau                                             # (2N, V*N)
         row = torch.arange(2 * N, device=z.device)
         positive = sim[row, (row + N) % (2 * N)]                                # (2N,)
         mask = torch.zeros_like(sim, dtype=torch.bool)                          # what no denominator has:
         mask[row, row] = True                                                   # oneself
         if views == 3 and twins == "excluded":
             mask[row, 2 * N + row % N] = True                                   # one's dissolved twin
-        loss = torch.logsumexp(sim.masked_fill(mask, -math.inf), 1) - positive  # (2N,)
+        loss = torch.logsumexp(sim.masked_fill(mask, -math.inf), 1) - positive  # (2N,), Eq. 6
         return loss.sum() / (views * N)                                         # Eq. 7
 
 
@@ -406,17 +412,19 @@ def embed(encoder, images, shift, passes, device, batch=96, name=None):
     """
     training, channels = encoder.training, encoder.backbone.conv1.in_channels
     encoder.eval()
-    draws = [torch.rand(1 + AUGMENT, 1, generator=step_generator("cpu", 0, "test-time view", i))
-             for i in range(passes * K)]
-    mirrored, draws = [bool(u[0] < 0.5) for u in draws], [u[1:].to(device) for u in draws]
+    draws = [torch.rand(1 + AUGMENT, 1, generator=step_generator("cpu", 0, "test-time view", i)).to(device)
+             for i in range(passes * K)]                                                # i = p*K + k
+    mirrored = [bool(u[0] < 0.5) for u in draws]
     zs, logits = [], []
     for chunk in tqdm(images.split(batch), name, unit="batch", leave=False, disable=None if name else True):
         x = to_float(chunk, channels, device)                                           # (b, C, H, W)
-        shifted = [shift_views(y, shift).chunk(K) for y in (x, x.flip(-1))]             # [flipped?][k]
+        plain, mirror = shift_views(x, shift).chunk(K), shift_views(x.flip(-1), shift).chunk(K)
         z_sum = logit_sum = 0
         for p in range(passes):
-            rows = [augment(shifted[mirrored[p * K + k]][k], draws[p * K + k], (0.54, 0.54))    # (b, C, H, W)
-                    for k in range(K)]
+            rows = []
+            for k in range(K):
+                view = mirror[k] if mirrored[p * K + k] else plain[k]
+                rows.append(augment(view, draws[p * K + k][1:], (0.54, 0.54)))          # (b, C, H, W)
             with autocast(device):
                 z, logit = encoder(torch.cat(rows))                                     # (K*b, D), (K*b, K)
             z_sum, logit_sum = z_sum + z, logit_sum + logit
@@ -446,7 +454,7 @@ def csi_parts(stats, z, logits, chunk=None):
     """CSI's score and its parts, all (Q,), higher = more anomalous: csi = con + cls. DIA, Eq. 10.
 
     con = -mean_k max_m <f_k, axis_mk> w_k (the nearest training image's cosine times the norm),
-    cls = -mean_k logit_k v_k, cos is con without the norm, norm = -mean_k ||f_k|| w_k.
+    cls = -mean_k logit_k v_k, cos = -mean_k of that cosine alone, norm = -mean_k ||f_k|| w_k.
     chunk: test images compared at once; by default as many as take about 64 MB, however large M is.
     """
     chunk = chunk or max(1, 2 ** 22 // stats["axis"].shape[1])
@@ -556,8 +564,10 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
 def found(data):
     """What was found, in a line, for the start of each script."""
     kinds = Counter(zip(data.labels.tolist(), data.groups, strict=True))
-    names = {key: " ".join(dict.fromkeys((("normal", "anomalous")[key[0]], key[1]))).strip() for key in kinds}
-    test = "".join(f"; test {names[key]}: {n:,}" for key, n in sorted(kinds.items()))
+    test = ""
+    for (label, group), n in sorted(kinds.items()):
+        kind = "anomalous" if label else "normal"
+        test += f"; test {kind if group in ('', kind) else f'{kind} {group}'}: {n:,}"
     return (f"{data.name}: train normal: {len(data.train):,}{test}; {data.train.shape[-1]} px, "
             f"{'grey' if data.train.shape[1] == 1 else 'RGB'}; {len(data.held):,} normals held out, "
             f"{int(data.calibration.sum()):,} of them for calibration")

@@ -27,6 +27,16 @@ from dia_lib import (
 )
 
 
+def main():
+    args = arguments()
+    device = pick_device(args.device)
+    values = [evaluate(Path(out), args, device)["auroc"] for out in args.out]
+    if len(values) > 1:
+        print(f"{len(values)} runs: AUROC {', '.join(f'{v:.4f}' for v in values)}; mean "
+              f"{statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f}")
+    print(f"auroc {statistics.fmean(values):.4f}")
+
+
 def arguments(argv=None):
     parser = make_parser(__doc__)
     shared_flags(parser, data=None)
@@ -36,16 +46,6 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or [f"runs/{data_name(args.data or 'elpv')}"]
     return args
-
-
-def main():
-    args = arguments()
-    device = pick_device(args.device)
-    values = [evaluate(Path(out), args, device)["auroc"] for out in args.out]
-    if len(values) > 1:
-        print(f"{len(values)} runs: AUROC {', '.join(f'{v:.4f}' for v in values)}; mean "
-              f"{statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f}")
-    print(f"auroc {statistics.fmean(values):.4f}")
 
 
 def evaluate(out, args, device):
@@ -73,7 +73,8 @@ def evaluate(out, args, device):
     with whole(out / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1))
     with whole(out / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([("path", "group", "label", "score", "con", "cls", "cos", "norm"),
+        names = list(parts)[1:]                                             # con, cls, cos, norm
+        csv.writer(file).writerows([("path", "group", "label", "score", *names),
                                     *zip(data.paths, data.groups, labels, *parts.values(), strict=True)])
     examples(out / "examples.png", data, parts["csi"])
     log(state["step"], show=False, auroc=metrics["auroc"], passes=args.passes)

@@ -4,7 +4,8 @@
     python train_dia.py --data path/to/folder                                    # the paper's budget
     python train_dia.py --quick --dissolve none --out runs/elpv-csi              # the baseline, CSI
 
-Needs the diffusion.pt of train_diffusion.py. Writes OUT/dia.pt and OUT/log.jsonl.
+Needs the diffusion.pt of train_diffusion.py, but for --dissolve other than diffusion. Writes OUT/dia.pt and
+OUT/log.jsonl.
 """
 
 import math
@@ -89,18 +90,18 @@ def learning_rate(step, steps, peak, optimizer):
 def readable(z, logits, labels, views):
     """Numbers of a batch that one can read: shift accuracy, mean cosines. z: (V*N, D) view-major, N = K*B."""
     N = len(z) // views
-    v = F.normalize(z.float(), dim=1).view(views, N, -1)                        # (V, N, D)
-    same_shift = (v[0] @ v[1].T).view(K, N // K, K, N // K).diagonal(dim1=0, dim2=2)        # (B, B, K)
-    own = same_shift.diagonal(dim1=0, dim2=1)                                   # (K, B)
-    other = (same_shift.sum() - own.sum()) / max(1, same_shift.numel() - own.numel())
+    v = F.normalize(z.float(), dim=1).view(views, K, N // K, -1)            # (V, K, B, D)
+    cos = v[0] @ v[1].transpose(1, 2)                                       # (K, B, B): of the same shift
+    own = cos.diagonal(dim1=1, dim2=2)                                      # (K, B)
+    other = (cos.sum() - own.sum()) / max(1, cos.numel() - own.numel())
     row = {"shift_acc": (logits.argmax(1) == labels).float().mean(),
            "sim_positive": own.mean(), "sim_other": other}
     if views == 3:
-        row["sim_twin"] = (v[0] * v[2]).sum(1).mean()                        # an image and its dissolved self
+        row["sim_twin"] = (v[0] * v[2]).sum(2).mean()                       # an image and its third view
     return {k: v.item() for k, v in row.items()}
 
 
-def held_out(encoder, held, shift, device):
+def shift_accuracy(encoder, held, shift, device):
     """The shift classifier's accuracy on held-out normals (n, C, H, W) uint8; exits if z is not finite."""
     z, logits = embed(encoder, held, shift, 1, device)
     if not z.isfinite().all():
@@ -130,7 +131,7 @@ def main():
     args, state = arguments()
     device = pick_device(args.device)
 
-    # Data: at its own size, and at the size at which it is dissolved, as stage 1 saw it
+    # Data
     data = load_data(args.data, args.image_size, ("train",), args.holdout, args.normal_class)
     M, channels, size = len(data.train), data.train.shape[1], data.train.shape[-1]
     check_batch(args.batch_size, M)
@@ -143,15 +144,19 @@ def main():
     args.t_range = args.t_range or list(data.defaults["t_range"])
     args.lr = args.lr or {"lars": 1.0, "adamw": 1e-3}[args.optimizer]
     args.steps = args.steps or 1000 * min(M // args.batch_size, 201)            # the released code's epoch
-    views, unet, abar, small = (2 if args.dissolve == "none" else 3), None, None, data.train
+    views = 2 if args.dissolve == "none" else 3
+
+    # Stage 1
+    unet = abar = small = None
     known = {"dissolve_size": 32, "diffusion": None, "diffusion_sha256": None, "stage1": None}
     if args.dissolve == "diffusion" or args.diffusion:
         stage1, known = load_stage1(args, data, state)
+    pixels = known["dissolve_size"]
     if args.dissolve == "diffusion":
         unet, abar = load_unet(stage1, device)
-    if args.dissolve not in ("copy", "none"):
-        pixels = known["dissolve_size"] if unet else min(known["dissolve_size"], size)
-        small = load_data(args.data, pixels, ("train",), args.holdout, args.normal_class).train
+    if args.dissolve not in ("copy", "none"):           # read at the dissolving size, just as by stage 1
+        smaller = pixels if unet else min(pixels, size)
+        small = load_data(args.data, smaller, ("train",), args.holdout, args.normal_class).train
 
     # Model
     torch.manual_seed(args.seed)
@@ -173,7 +178,7 @@ def main():
         if start == args.steps:
             print(f"stage 2 done: {args.out}/dia.pt has all its {args.steps} steps already")
             return
-    compiled = args.compile or args.compile is None and device.type == "cuda"
+    compiled = args.compile if args.compile is not None else device.type == "cuda"
     forward, unet = (torch.compile(encoder), unet and torch.compile(unet)) if compiled else (encoder, unet)
     log = Log(args.out, "dia", start, args.steps)
     settings = {k: getattr(args, k) for k in args.given}
@@ -191,15 +196,15 @@ def main():
     bar = tqdm(range(start, args.steps), "stage 2", args.steps, initial=start, unit="image",
                unit_scale=args.batch_size, disable=None)
     for step in bar:
-        rows = batch_indices(M, args.batch_size, args.seed, step)
+        batch = batch_indices(M, args.batch_size, args.seed, step)
         u_t, u_flip, u = (send(v, device) for v in draw_step(args.seed, step, views, args.batch_size))
-        x = to_float(data.train[rows], channels, device)                        # (B, C, H, W)
-        x1, x2, *x3 = (flip(x, u_v) for u_v in u_flip)                          # x3: [] or [(B, C, H, W)]
-        if args.dissolve not in ("copy", "none"):
-            y = flip(to_float(small[rows], channels, device), u_flip[2])        # (B, C, h, h)
+        x = to_float(data.train[batch], channels, device)                       # (B, C, H, W)
+        parts = [flip(x, u_v) for u_v in u_flip]                                # V of (B, C, H, W)
+        if small is not None:                                                   # the third one is dissolved
+            y = flip(to_float(small[batch], channels, device), u_flip[2])       # (B, C, h, h)
             t = args.t_range[0] + (u_t * (args.t_range[1] - args.t_range[0])).long()            # (B,)
-            x3 = [dissolve_view(y, size, args.dissolve, unet, t, abar, known["dissolve_size"])]
-        x = make_views([x1, x2, *x3], args.shift, u, (args.crop_min, 1.0))      # (V*K*B, C, H, W), Eq. 5
+            parts[2] = dissolve_view(y, size, args.dissolve, unet, t, abar, pixels)
+        x = make_views(parts, args.shift, u, (args.crop_min, 1.0))              # (V*K*B, C, H, W), Eq. 5
         with autocast(device):
             z, logits = forward(x)                                              # (V*K*B, D), (V*K*B, K)
         contrast = contrastive_loss(z, views, twins=args.twins)                 # Eq. 6-7
@@ -213,7 +218,7 @@ def main():
         running.append(torch.stack([loss.detach(), contrast.detach()]))
         log.estimate(done, loss)
         saving = done % every == 0 or done == args.steps
-        if saving or done % report == 0:                                   # the only places that read results
+        if saving or done % report == 0:                               # the only place that waits for results
             (losses, contrasts), running = torch.stack(running, 1).tolist(), []
             lr = optimizer.param_groups[0]["lr"]
             check_loss(losses, done, lr)
@@ -222,7 +227,7 @@ def main():
             if saving:
                 check_weights(encoder, done, lr)
                 held = data.held[~data.calibration][:512]                  # the other half is never looked at
-                row |= held_out(encoder, held, args.shift, device) if len(held) else {}
+                row |= shift_accuracy(encoder, held, args.shift, device) if len(held) else {}
             log(done, loss=sum(losses) / len(losses), contrastive=sum(contrasts) / len(contrasts), **row,
                 lr=lr, seconds=log.seconds())
         if saving:

@@ -63,7 +63,7 @@ def change(unet, x, abar):
 
 
 def memorised(unet, train, held, abar, log, step):
-    """Has the model memorised its training images? Then it no longer dissolves them: said, and logged."""
+    """Log how much dissolving changes training and held-out images; say so where it memorises the former."""
     on_train, on_held = change(unet, train, abar), change(unet, held, abar)
     log(step, change_train=on_train.mean().item(), change_held=on_held.mean().item())
     noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt()         # of the difference
@@ -118,7 +118,8 @@ def main():
         if start == args.steps:
             print(f"stage 1 done: {args.out}/diffusion.pt has all its {args.steps} steps already")
             return
-    forward = torch.compile(unet) if args.compile or args.compile is None and device.type == "cuda" else unet
+    compiled = args.compile if args.compile is not None else device.type == "cuda"
+    forward = torch.compile(unet) if compiled else unet
     log = Log(args.out, "diffusion", start, args.steps)
     settings = {k: getattr(args, k) for k in args.given}
     settings |= {"given": args.given, "channels": channels, "fingerprint": data.fingerprint}
@@ -151,7 +152,7 @@ def main():
         running.append(loss.detach())
         log.estimate(done, loss)
         saving = done % every == 0 or done == args.steps
-        if saving or done % 20 == 0:                                       # the only places that read results
+        if saving or done % 20 == 0:                                   # the only place that waits for results
             values, running = torch.stack(running).tolist(), []
             check_loss(values, done, args.lr)
             bar.set_postfix(loss=f"{values[-1]:.4f}")
@@ -163,7 +164,7 @@ def main():
             losses = []
             picture(args.out / "dissolving.png", ema, prepare(data.train[:4]), held, abar)
             if len(held) > 1 and (args.save_every or done == args.steps):
-                memorised(ema, prepare(data.train[:max(len(held), 32)]), held, abar, log, done)
+                memorised(ema, prepare(data.train[:min(n, max(len(held), 32))]), held, abar, log, done)
             result = {"step": done, "ema": ema.state_dict()}
             if args.save_every:
                 save_checkpoint(args.out / f"step-{done}/diffusion.pt", "diffusion", settings, result)
