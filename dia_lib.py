@@ -709,6 +709,19 @@ def walk(folder, above=None):
     return files
 
 
+def read_images(items, size):
+    """All images of a split, decoded in parallel: uint8 (n, C, size, size), and their digests uint64 (n,)."""
+    pixels, digests = np.empty((len(items), 1, size, size), np.uint8), np.empty(len(items), np.uint64)
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(lambda item: decode(item.source, size), items)
+        bar = tqdm(read, "reading images", len(items), unit="image", disable=None, leave=False)
+        for i, (image, digest) in enumerate(bar):
+            if len(image) > pixels.shape[1]:                                # the first one with colours
+                pixels = np.repeat(pixels, 3, 1)
+            pixels[i], digests[i] = image, digest
+    return pixels, digests
+
+
 def decode(source, size):
     """A path, or an array uint8 (H, W[, 3]) -> pixels uint8 (C, size, size), C = 1 if grey, and a digest.
 
@@ -737,19 +750,6 @@ def decode(source, size):
     return pixels, int.from_bytes(digest.digest()[:8], "little")
 
 
-def read_images(items, size):
-    """All images of a split, decoded in parallel: uint8 (n, C, size, size), and their digests uint64 (n,)."""
-    pixels, digests = np.empty((len(items), 1, size, size), np.uint8), np.empty(len(items), np.uint64)
-    with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda item: decode(item.source, size), items)
-        bar = tqdm(read, "reading images", len(items), unit="image", disable=None, leave=False)
-        for i, (image, digest) in enumerate(bar):
-            if len(image) > pixels.shape[1]:                                # the first one with colours
-                pixels = np.repeat(pixels, 3, 1)
-            pixels[i], digests[i] = image, digest
-    return pixels, digests
-
-
 # ---- Device --------------------------------------------------------------------------------------------
 
 
@@ -763,6 +763,15 @@ def pick_device(name):
         raise SystemExit(f"--device {name}: this machine or this build of torch has no such device. "
                          "Use --device cpu, or leave it out.") from None
     return torch.device(name)
+
+
+def autocast(device):
+    """Mixed precision for the networks' forward passes: bfloat16 where the hardware has it, else float32.
+
+    What runs outside it is float32, but for convolutions on CUDA from Ampere on: torch's TF32 settings are
+    left as they are, on for convolutions and off for matrix products.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def has_bfloat16(device):
@@ -782,13 +791,9 @@ def precision(device):
     return f"{device}, {kind}, torch {torch.__version__}"
 
 
-def autocast(device):
-    """Mixed precision for the networks' forward passes: bfloat16 where the hardware has it, else float32.
-
-    What runs outside it is float32, but for convolutions on CUDA from Ampere on: torch's TF32 settings are
-    left as they are, on for convolutions and off for matrix products.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+def to_float(images, channels, device):
+    """uint8 (n, C', H, W) -> float (n, channels, H, W) in [0, 1] on the device; grey <-> RGB as needed."""
+    return to_channels(send(images, device).float() / 255, channels)
 
 
 def send(x, device):
@@ -796,11 +801,6 @@ def send(x, device):
     if torch.device(device).type == "cuda" and not x.is_cuda:
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
-
-def to_float(images, channels, device):
-    """uint8 (n, C', H, W) -> float (n, channels, H, W) in [0, 1] on the device; grey <-> RGB as needed."""
-    return to_channels(send(images, device).float() / 255, channels)
 
 
 def to_channels(x, channels):
