@@ -927,7 +927,8 @@ def training_flags(parser, steps, batch_size, lr):
     """The flags of both training scripts; batch_size: a default; steps, lr: what to say of theirs."""
     shared_flags(parser)
     parser.add_argument("--out", help="the run's folder (default: runs/<data>, or runs/<data>-s<seed>)")
-    parser.add_argument("--seed", type=number(low=0), default=0, help="of weights and draws (default: 0)")
+    parser.add_argument("--seed", type=number(low=0, high=2 ** 63 - 1), default=0,
+                        help="of weights and draws (default: 0)")
     parser.add_argument("--holdout", type=number(float, 0, 0.9), default=0.1,
                         help="share of the normals set aside (default: 0.1)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint and settings")
