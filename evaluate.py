@@ -153,9 +153,11 @@ def within_groups(labels, scores, groups):
 
 def floors(data, settings, device, batch):
     """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
-    def flat(images):                       # at 32 px, divided by the mean (n, 1024), and the mean (n,)
-        small = torch.cat([F.interpolate(to_float(chunk, 1, "cpu"), (32, 32), mode="bilinear", antialias=True)
-                           for chunk in images.split(256)]).flatten(1)
+    def flat(images):                       # at 32 px, divided by the mean (n, 32*32), and the mean (n,)
+        side = min(32, images.shape[-1])                                    # smaller ones stay as they are
+        grey = (to_float(chunk, 1, "cpu") for chunk in images.split(256))
+        small = torch.cat([F.interpolate(x, (side, side), mode="bilinear", antialias=True) for x in grey])
+        small = small.flatten(1)
         return small / small.mean(1, keepdim=True).clamp(min=1e-6), small.mean(1)
 
     (test, brightness), (train, _) = flat(data.test), flat(data.train)
