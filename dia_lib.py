@@ -850,7 +850,7 @@ def save_checkpoint(path, kind, settings, state):
 def load_checkpoint(path, kind, device):
     """Read a checkpoint of save_checkpoint, unpickling no code. Exits if it is none, or of another kind."""
     if not Path(path).is_file():
-        script = {"diffusion": "train_diffusion.py", "stats": "evaluate.py"}.get(kind, "train_dia.py")
+        script = "train_diffusion.py" if kind == "diffusion" else "train_dia.py"
         raise SystemExit(f"{path}: no such checkpoint. Run {script} with the same --data and --out first.")
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=False)
@@ -909,9 +909,9 @@ def number(kind=int, low=1, high=math.inf, above=None, multiple=1):
     return parse
 
 
-def make_parser(description):
-    """An argument parser whose errors are a sentence, not a page."""
-    return argparse.ArgumentParser(description=description, usage="%(prog)s [flags]; --help lists them",
+def make_parser(description, usage="%(prog)s [flags]; --help lists them"):
+    """An argument parser whose errors are a sentence, not a page; usage None: argparse's own."""
+    return argparse.ArgumentParser(description=description, usage=usage,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

@@ -98,22 +98,26 @@ def data_of(settings, out, splits=("train", "test"), data=None, normal_class=Non
 def training_stats(out, state, encoder, data, passes, device, batch=96):
     """csi_fit of the training images, from OUT/stats.pt where an earlier call left it for this checkpoint."""
     path, key = out / "stats.pt", {"weights": weights_of(state), "passes": passes}
-    if path.exists():
-        try:
-            stats = load_checkpoint(path, "stats", "cpu")
-            if key.items() <= stats["settings"].items():
-                return stats
-        except SystemExit:
-            pass                                                            # a broken one is made again
-    shift = state["settings"]["shift"]
-    stats = csi_fit(*embed(encoder, data.train, shift, passes, device, batch, "training images"))
-    save_checkpoint(path, "stats", key, stats)
+    stats = remembered(path, "stats", key)
+    if stats is None:
+        shift = state["settings"]["shift"]
+        stats = csi_fit(*embed(encoder, data.train, shift, passes, device, batch, "training images"))
+        save_checkpoint(path, "stats", key, stats)
     return stats
 
 
 def weights_of(state):
     """A number that stands for the encoder's weights in a checkpoint of stage 2."""
     return zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in state["encoder"].values()))
+
+
+def remembered(path, kind, key):
+    """What an earlier call left in a checkpoint with this key in its settings; None if it has to be made."""
+    try:
+        state = load_checkpoint(path, kind, "cpu")
+    except SystemExit:                                                      # there is none, or it is broken
+        return None
+    return state if key.items() <= state["settings"].items() else None
 
 
 def measure(labels, scores, groups):

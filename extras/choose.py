@@ -10,7 +10,6 @@ A caution: thin synthetic lines can mislead where real anomalies are diffuse. On
 was 0.962 where the true AUROC was 0.739. Trust an order of settings only if lines and patches agree on it.
 """
 
-import argparse
 import itertools
 import math
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from dia_lib import (
-    Log, csi_fit, csi_parts, embed, load_checkpoint, load_encoder, pick_device, run, shared_flags,
-    step_generator,
+    Log, csi_fit, csi_parts, embed, load_checkpoint, load_encoder, make_parser, pick_device, run,
+    shared_flags, step_generator,
 )
 from evaluate import data_of
 from extras.predict import SCORES, local_fit, local_score
@@ -77,12 +76,10 @@ def cut_paste(image, change, generator):
     return out
 
 
-def validate(encoder, train, held, shift, device):
-    """AUROCs of normals held (n, C, H, W) uint8 against themselves with a defect, three copies of each kind.
+def quick_scorer(encoder, train, shift, device):
+    """images (n, C, H, W) uint8 -> {score: (n,)} of SCORES and csi's parts, by 2 passes, for comparisons.
 
-    train: (M, C, H, W) uint8, of which 512 serve.  val_auroc is by csi, val_cos by its cosine, val_local by
-    local_score, each the mean over lines and patches; val_line and val_patch are by csi. Draws nothing that
-    depends on the run, so that runs can be compared. Exits if embeddings are not finite.
+    train: (M, C, H, W) uint8, of which 512 serve.  Exits if embeddings are not finite.
     """
     train = train[:512]
     stats, known = csi_fit(*embed(encoder, train, shift, 2, device)), local_fit(encoder, train, device)
@@ -92,7 +89,17 @@ def validate(encoder, train, held, shift, device):
         if not z.isfinite().all():
             raise SystemExit("the embeddings are not finite: training has diverged. Try a smaller --lr.")
         return csi_parts(stats, z, logits) | {"local": local_score(known, encoder, images, device)}
+    return scores
 
+
+def validate(encoder, train, held, shift, device):
+    """AUROCs of normals held (n, C, H, W) uint8 against themselves with a defect, three copies of each kind.
+
+    encoder, train, shift, device: as for quick_scorer.  val_auroc is by csi, val_cos by its cosine, val_local
+    by local_score, each the mean over lines and patches; val_line and val_patch are by csi. Draws nothing
+    that depends on the run, so that runs can be compared.
+    """
+    scores = quick_scorer(encoder, train, shift, device)
     normal, auroc = scores(held), {}
     for i, kind in enumerate(("line", "patch")):
         generator = step_generator("cpu", 0, "synthetic defects", i)
@@ -120,8 +127,7 @@ def choose(out, device, where=None, normal_class=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, usage=None)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or step-N of --save-every")
     shared_flags(parser, data=None)
     args = parser.parse_args()

@@ -14,7 +14,6 @@ RUN/predict.pt; later ones do not.
     scores, p = run.score(images)                               # (n,) and (n,)
 """
 
-import argparse
 import csv
 import json
 import math
@@ -27,17 +26,16 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 
 from dia_lib import (
-    SUFFIXES, Encoder, Item, autocast, csi_parts, embed, load_checkpoint, load_encoder, number, pick_device,
-    read_images, run, save_checkpoint, save_grid, shared_flags, to_float, walk, whole,
+    SUFFIXES, Encoder, Item, autocast, csi_parts, embed, load_checkpoint, load_encoder, make_parser, number,
+    pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, to_float, walk, whole,
 )
-from evaluate import auroc_interval, data_of, training_stats, weights_of
+from evaluate import auroc_interval, data_of, remembered, training_stats, weights_of
 
 SCORES = ("csi", "cos", "local")        # the paper's; its cosine alone; nearest neighbour of local features
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, usage=None)
     parser.add_argument("run", metavar="RUN", help="folder of a run of train_dia.py")
     parser.add_argument("images", metavar="IMAGES", nargs="?", help="folder of images, at any depth")
     parser.add_argument("--test", action="store_true", help="the run's own test set instead: AUROC, and what "
@@ -177,7 +175,7 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
     out, device = Path(out), pick_device(device)
     state = load_checkpoint(out / "dia.pt", "dia", device)
     key, encoder = {"weights": weights_of(state), "passes": passes}, load_encoder(state, device)
-    known = load_known(out, key)
+    known = remembered(out / "predict.pt", "predict", key)
     run = Run(out, state["settings"], state["step"], encoder, known, device, passes, batch)
     if known is None:
         data = data or data_of(run.settings, out, ("train",))
@@ -188,17 +186,6 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
         run.known["calibration"] = run.parts(mine) if len(mine) else dict.fromkeys(SCORES, torch.empty(0))
         save_checkpoint(out / "predict.pt", "predict", key, run.known)
     return run
-
-
-def load_known(out, key):
-    """What predict.pt keeps of the training data for this encoder and number of passes, or None."""
-    if not (out / "predict.pt").exists():
-        return None
-    try:
-        state = load_checkpoint(out / "predict.pt", "predict", "cpu")
-    except SystemExit:
-        return None                                                                 # it is made again
-    return state if key.items() <= state["settings"].items() else None
 
 
 # ---- Decisions -----------------------------------------------------------------------------------------

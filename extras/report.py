@@ -6,7 +6,6 @@ Reads scores.csv, metrics.json and log.jsonl of each run; writes roc.png, scores
 and p_values.png where extras.predict has left a predict.pt. Also holds helpers for tables of results.
 """
 
-import argparse
 import csv
 import json
 import platform
@@ -18,9 +17,9 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_curve
 
-from dia_lib import load_checkpoint, run, whole
-from evaluate import weights_of
-from extras.predict import load_known, p_values
+from dia_lib import load_checkpoint, make_parser, run, whole
+from evaluate import remembered, weights_of
+from extras.predict import p_values
 
 PROCESSOR = "AMD EPYC"                  # that minutes are of, where no other is named
 
@@ -174,7 +173,7 @@ def report(out):
     groups = np.array([r["group"] for r in rows])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     weights = weights_of(load_checkpoint(out / "dia.pt", "dia", "cpu"))
-    known = load_known(out, {"weights": weights, "passes": metrics["passes"]})
+    known = remembered(out / "predict.pt", "predict", {"weights": weights, "passes": metrics["passes"]})
     calibration = known["calibration"]["csi"].numpy() if known else []
     pictures = {"roc": lambda figure: roc(figure, labels, scores, metrics),
                 "scores": lambda figure: score_histograms(figure, labels, scores, groups),
@@ -190,8 +189,7 @@ def report(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, usage=None)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs that evaluate.py has scored")
     for out in parser.parse_args().runs:
         report(Path(out))

@@ -8,7 +8,6 @@ spot, for each of several diameters and contrasts: how small and how faint a def
 test image is read. The probe.csv of this folder is an older table, with a fifth mode.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -16,11 +15,12 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
 from dia_lib import (
-    AUGMENT, augment, autocast, csi_fit, csi_parts, dissolve_view, embed, load_checkpoint, load_data,
-    load_encoder, load_unet, pick_device, run, step_generator, to_float,
+    AUGMENT, augment, autocast, dissolve_view, load_checkpoint, load_data,
+    load_encoder, load_unet, make_parser, pick_device, run, step_generator, to_float,
 )
 from evaluate import data_of
-from extras.predict import SCORES, local_fit, local_score
+from extras.choose import quick_scorer
+from extras.predict import SCORES
 from extras.report import insert
 from study.results import run_key
 
@@ -69,16 +69,10 @@ def similarities(encoder, x, small, unet, abar, t, canvas):
 def sensitivity(encoder, train, held, shift, device):
     """AUROC of held-out normals against themselves with a spot, {"<score>_<diameter>_<contrast>": value}.
 
-    train: (M, C, H, W), held: (n, C, H, W) uint8. As in extras.choose: 512 training images, 2 passes. The
-    spots are the same for every run.
+    train: (M, C, H, W), held: (n, C, H, W) uint8. Scored by extras.choose's quick_scorer; the spots are
+    the same for every run.
     """
-    train = train[:512]
-    stats, known = csi_fit(*embed(encoder, train, shift, 2, device)), local_fit(encoder, train, device)
-
-    def scores(images):
-        parts = csi_parts(stats, *embed(encoder, images, shift, 2, device))
-        return parts | {"local": local_score(known, encoder, images, device)}
-
+    scores = quick_scorer(encoder, train, shift, device)
     normal, row = scores(held), {}
     for i, diameter in enumerate(DIAMETERS):
         for contrast in CONTRASTS:
@@ -92,8 +86,7 @@ def sensitivity(encoder, train, held, shift, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, usage=None)
     parser.add_argument("--out", nargs="+", required=True, metavar="RUN",
                         help="folders of runs of train_dia.py")
     parser.add_argument("--diffusion", required=True, metavar="PATH",

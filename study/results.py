@@ -8,7 +8,6 @@ by their settings, stage 1's aside. A run's figure by `local` is what `python -m
 found, those on synthetic defects are of `python -m extras.choose RUN`; either may be missing.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -357,8 +356,7 @@ def page():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = dia_lib.make_parser(__doc__, usage=None)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs to add, or step-N of "
                         "--save-every; a run that is there already is replaced")
     parser.add_argument("--device", default="auto", help="where they were trained (default: auto)")
