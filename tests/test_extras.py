@@ -327,16 +327,20 @@ def test_local_features_are_the_third_stage_of_the_plain_images(stem, P):
 
 def test_synthetic_defects_are_local_and_repeatable():
     images = (torch.rand(6, 1, 48, 48, generator=torch.Generator().manual_seed(0)) * 60 + 120).to(torch.uint8)
-    for kind in ("line", "patch"):
+    for kind in choose.KINDS:
         def make(kind=kind):
             return choose.synthetic_defects(images, kind, torch.Generator().manual_seed(2))
         defects = make()
         changed = (defects != images).float().mean((1, 2, 3))
         assert torch.equal(defects, make()) and defects.dtype == torch.uint8
-        assert (changed > 0).all() and (changed < 0.25).all()
+        assert (changed > 0).all() and (kind == "haze" or (changed < 0.25).all())
     line = choose.synthetic_defects(images, "line", torch.Generator().manual_seed(2))
     assert (line <= images).all()                                               # a crack is dark
-    with pytest.raises(ValueError, match="line or patch"):
+    haze = choose.synthetic_defects(images, "haze", torch.Generator().manual_seed(2)).float()
+    rough = [(x[..., 1:] - x[..., :-1]).abs().mean() for x in (haze, images.float(), line.float())]
+    assert rough[0] < rough[1] < rough[2]                                   # a veil has no edges of its own
+    assert ((haze - images).abs().amax((1, 2, 3)) > 5).all()
+    with pytest.raises(ValueError, match="line, patch, haze"):
         choose.synthetic_defects(images, "dent", torch.Generator())
 
 
@@ -377,8 +381,8 @@ def test_figures_are_repeatable_and_never_look_at_calibration(halves):
         return change
 
     figures = halves()
-    assert list(figures) == ["val_auroc", "val_line", "val_patch", "val_cos", "val_local"]
-    assert figures["val_auroc"] == pytest.approx((figures["val_line"] + figures["val_patch"]) / 2)
+    assert list(figures) == ["val_auroc", "val_line", "val_patch", "val_haze", "val_cos", "val_local"]
+    assert figures["val_auroc"] == pytest.approx(sum(figures[f"val_{kind}"] for kind in choose.KINDS) / 3)
     assert halves() == figures and halves(altered(True)) == figures
     assert halves(altered(False)) != figures
 
@@ -395,17 +399,38 @@ def test_figures_are_high_where_defects_score_high_and_half_where_there_are_none
 def test_choose_sorts_runs_best_last_and_logs_their_figures(own_chain, tmp_path, monkeypatch, capsys):
     second = shutil.copytree(own_chain, tmp_path / "second/step-4")
     rows = [json.loads(line) for line in (own_chain / "log.jsonl").read_text().splitlines()]
-    figures = {"val_auroc": 0.75, "val_line": 0.9, "val_patch": 0.6, "val_cos": 0.5, "val_local": 0.25}
+    figures = {"val_auroc": 0.75, "val_line": 0.9, "val_patch": 0.6, "val_haze": 0.7, "val_cos": 0.5,
+               "val_local": 0.25}
     each = iter([figures, {**figures, "val_auroc": 0.7, "val_line": 0.8}])
     monkeypatch.setattr(choose, "validate", lambda *args: next(each))
     assert call(choose, own_chain, second) is None
     *_, header, worse, better, note, best = capsys.readouterr().out.splitlines()
-    assert header.split() == ["csi", "line", "patch", "cos", "local", "step", "run"]
-    assert worse.split() == ["0.700", "0.800", "0.600", "0.500", "0.250", "4", str(second)]
-    assert better.split() == ["0.750", "0.900", "0.600", "0.500", "0.250", "4", str(own_chain)]
+    assert header.split() == ["csi", "line", "patch", "haze", "cos", "local", "step", "run"]
+    assert worse.split() == ["0.700", "0.800", "0.600", "0.700", "0.500", "0.250", "4", str(second)]
+    assert better.split() == ["0.750", "0.900", "0.600", "0.700", "0.500", "0.250", "4", str(own_chain)]
     assert "mislead" in note and best == f"best {own_chain}"
     after = [json.loads(line) for line in (own_chain / "log.jsonl").read_text().splitlines()]
     assert after == [*rows, {"stage": "choose", "step": 4, **figures}]
+
+
+def test_anomalies_of_a_val_split_are_scored_apart(tmp_path, halves, monkeypatch):
+    """`real`: all val images with another label than the normal one, at the size of the run, if any."""
+    path, labels = tmp_path / "pneumoniamnist.npz", np.array([[0], [1], [1], [0]], np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8)
+    np.savez(path, train_images=images, val_images=images, val_labels=labels)
+    assert torch.equal(choose.val_anomalies(str(path), 28, None), torch.from_numpy(images[1:3, None]))
+    assert torch.equal(choose.val_anomalies(str(path), 28, "1"), torch.from_numpy(images[[0, 3], None]))
+    assert choose.val_anomalies(str(path), 14, None).shape == (2, 1, 14, 14)
+    np.savez(path, train_images=images)
+    assert len(choose.val_anomalies(str(path), 28, None)) == len(choose.val_anomalies("elpv", 28, None)) == 0
+
+    monkeypatch.setattr(choose, "quick_scorer", lambda *args: lambda x: dict.fromkeys(
+        choose.SCORES, x.float().mean((1, 2, 3))))
+    before = halves()
+    for brightness in (0, 255):                             # of real anomalies, where the score is brightness
+        real = torch.full((9, 1, 40, 40), brightness, dtype=torch.uint8)
+        monkeypatch.setattr(choose, "val_anomalies", lambda *args, real=real: real)
+        assert halves() == {**before, "val_real": brightness / 255}
 
 
 def test_choose_needs_held_out_normals(none_held, capsys):
