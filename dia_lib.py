@@ -327,7 +327,7 @@ def pad_to(x, size):
     return F.pad(x, (left, right, left, right))
 
 
-def make_views(views, shift, u, crop):
+def make_views(views, shift, u, crop=(0.08, 1.0)):
     """All V*K views of a batch: S_k and T of each view. DIA Sec. 3.2, Eq. 5.
 
     views: V tensors (B, C, H, W) in [0, 1], flipped, the third one dissolved. The flip comes before the
@@ -958,6 +958,9 @@ def parse_training(parser, kind, quick, argv=None):
         if "optimizer" not in state:
             raise SystemExit(f"--resume: {path} was kept by --save-every; resume the folder above it.")
         given = state["settings"]["given"]
+        if other := given.keys() - vars(first).keys():
+            raise SystemExit(f"--resume: {path} is of another version of this script: it has a setting "
+                             f"{', '.join(sorted(other))}. Start again in another folder with --out.")
     elif path.exists():
         raise SystemExit(f"{path} exists. Go on with --resume, or choose another folder with --out.")
     elif first.resume:

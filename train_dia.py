@@ -22,14 +22,14 @@ from dia_lib import (
     to_float, training_flags,
 )
 
-QUICK = dict(image_size=64, steps=400, batch_size=16, crop_min=0.3, optimizer="adamw")
+QUICK = dict(image_size=64, steps=400, batch_size=16)
 MODES = ["diffusion", "gaussian", "median", "resize", "copy", "none"]
 
 
 def arguments(argv=None):
     parser = make_parser(__doc__)
-    parser.set_defaults(crop_min=0.08, optimizer="lars")                # the paper's; --quick has others
-    training_flags(parser, "1000 epochs of at most 201", 32, "LARS 1.0; with --quick AdamW 1e-3")
+    parser.set_defaults(lr=1.0)
+    training_flags(parser, "1000 epochs of at most 201", 32, "1")
     parser.add_argument("--image-size", type=number(low=8, multiple=2),
                         help="pixels (default: 224, an npz file's own if smaller)")
     parser.add_argument("--diffusion", metavar="PATH",
@@ -78,11 +78,11 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, momentum, alpha=-group["lr"])
 
 
-def learning_rate(step, steps, peak, optimizer):
-    """Warm-up, then cosine to 0. LARS: from peak/10 over 1% of the steps; AdamW: from 0 over 10%."""
-    warm, low = (max(1, steps // 100), 0.1) if optimizer == "lars" else (max(1, steps // 10), 0.0)
+def learning_rate(step, steps, peak):
+    """Warm-up from peak/10 over 1% of the steps, then cosine to 0."""
+    warm = max(1, steps // 100)
     if step < warm:
-        return peak * (low + (1 - low) * (step + 1) / warm)
+        return peak * (0.1 + 0.9 * (step + 1) / warm)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
@@ -142,7 +142,6 @@ def main():
                          "has now.")
     args.image_size, args.shift = size, args.shift or data.defaults["shift"]
     args.t_range = args.t_range or list(data.defaults["t_range"])
-    args.lr = args.lr or {"lars": 1.0, "adamw": 1e-3}[args.optimizer]
     args.steps = args.steps or 1000 * min(M // args.batch_size, 201)            # the released code's epoch
     views = 2 if args.dissolve == "none" else 3
 
@@ -164,10 +163,7 @@ def main():
     encoder = Encoder(channels, K, stem).to(device, memory_format=torch.channels_last)
 
     # Optimizer
-    if args.optimizer == "lars":
-        optimizer = LARS(encoder.parameters(), args.lr)
-    else:
-        optimizer = torch.optim.AdamW(encoder.parameters(), args.lr, weight_decay=0.01, fused=True)
+    optimizer = LARS(encoder.parameters(), args.lr)
 
     # Resume
     start = 0
@@ -186,7 +182,7 @@ def main():
     settings["fingerprint"] = data.fingerprint
     print(f"stage 2, {found(data)}\ndissolve {args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), "
           f"shift {args.shift}; batches of {args.batch_size} x {K} shifts x {views} views, {args.steps} "
-          f"steps, {args.optimizer} lr {args.lr:g}, seed {args.seed}; {precision(device)}", flush=True)
+          f"steps, LARS lr {args.lr:g}, seed {args.seed}; {precision(device)}", flush=True)
 
     # Train
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)        # (V*K*B,)
@@ -204,12 +200,12 @@ def main():
             y = flip(to_float(small[batch], channels, device), u_flip[2])       # (B, C, h, h)
             t = args.t_range[0] + (u_t * (args.t_range[1] - args.t_range[0])).long()            # (B,)
             parts[2] = dissolve_view(y, size, args.dissolve, unet, t, abar, pixels)
-        x = make_views(parts, args.shift, u, (args.crop_min, 1.0))              # (V*K*B, C, H, W), Eq. 5
+        x = make_views(parts, args.shift, u)                                    # (V*K*B, C, H, W), Eq. 5
         with autocast(device):
             z, logits = forward(x)                                              # (V*K*B, D), (V*K*B, K)
         contrast = contrastive_loss(z, views, twins=args.twins)                 # Eq. 6-7
         loss = contrast + args.gamma * F.cross_entropy(logits, labels)          # Eq. 8-9
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.optimizer)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -3,9 +3,10 @@
     python -m study.results                     # rewrites the tables
     python -m study.results runs/elpv ...       # first adds runs that evaluate.py has scored
 
-What stands between `<!-- study: NAME -->` and `<!-- end -->` in README.md here is replaced. Runs are grouped
-by their settings, stage 1's aside. A run's figure by `local` is what `python -m extras.predict RUN --test`
-found, those on synthetic defects are of `python -m extras.choose RUN`; either may be missing.
+What stands between `<!-- study: NAME -->` and `<!-- end -->` in README.md here, and in the front page, is
+replaced. Runs are grouped by their settings, stage 1's aside. A run's figure by `local` is what `python -m
+extras.predict RUN --test` found, those on synthetic defects are of `python -m extras.choose RUN`; either may
+be missing.
 """
 
 import csv
@@ -33,11 +34,16 @@ TABLED = [*MODES, "none, as long"]       # the lines of a table
 PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"),
          ("diffusion", "copy"), ("resize", "none"), ("residual", "none"), ("residual", "copy"),
          ("gaussian", "none"), ("median", "none"), ("gaussian", "diffusion"), ("median", "diffusion")]
-USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what every run has
+USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what most runs have
 SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"                   # the two main settings
 SUMMARY = {"400 steps, weight 1,000": SHOWN,
            "the same, nothing resized": "400 steps, dissolve_size=64, twin_weight=1000.0",
            "the same, 96 px": "400 steps, image_size=96, twin_weight=1000.0", "2,000 steps, weight 1": LONGER}
+QUICK = "400 steps, draws=2"            # --quick as it is now
+SETS = {"elpv": "ELPV, solar cells", "pneumoniamnist": "PneumoniaMNIST, chest X-rays"}
+FRONT = {"diffusion": "DIA: dissolved", "none": "CSI: no third view", "resize": "only resized, no diffusion",
+         "copy": "an ordinary third view"}
+PAPER = {"diffusion": "0.903", "none": "0.834"}             # DIA, arXiv:2302.14696, Table 1, PneumoniaMNIST
 AS_LONG = {SHOWN: "620 steps"}          # CSI with as many seconds as DIA at that setting, not as many steps
 USED_BY = {"twins": {*MODES} - {"none"}, "twin_weight": {*MODES} - {"none"}, "gain": {"residual"},
            "dissolve_size": {*MODES} - {"none", "copy"},
@@ -155,7 +161,8 @@ def describe(settings):
     words = settings.split()
     found = dict(word.split("=") for word in words)
     other = [w for w in words if w not in USUAL and not w.startswith(("steps=", "stage1_"))]
-    other += [f"{w.split('=')[0]} the paper's" for w in sorted(USUAL) if w.split("=")[0] not in found]
+    if "draws" not in found:                    # later runs always have the paper's optimizer and crops
+        other += [f"{w.split('=')[0]} the paper's" for w in sorted(USUAL) if w.split("=")[0] not in found]
     return ", ".join([f"{found['steps']} steps", *other])
 
 
@@ -253,20 +260,16 @@ def settings_tested(rows):
 
 def contrast(rows, setting):
     """The table of one setting: a line a mode; by each score the mean over seeds, and each seed's AUROC."""
-    table = []
+    table, scores = [], [s for s in SCORES if any(of(rows, mode, setting, s) for mode in TABLED)]
     for mode in TABLED:
-        runs = [of(rows, mode, setting, score) for score in SCORES]
+        runs = [of(rows, mode, setting, score) for score in scores]
         if any(runs):
             each = [", ".join(f"{by[s]['auroc']:.3f}" for s in sorted(by)) for by in runs]
             means = [spread(r["auroc"] for r in by.values()) for by in runs]
-            synthetic = [spread(r["val_auroc"] for r in by.values()).split(" ")[0] for by in runs]
             table.append([NAMES.get(mode, f"`{mode}`"), ", ".join(map(str, sorted(runs[0]))),
                           *(m and f"**{m}** ({values})" for m, values in zip(means, each, strict=True)),
-                          spread(r["within_group_auroc"] for r in runs[-1].values()), " / ".join(synthetic),
                           mean_minutes((r["minutes"], r["processor"]) for r in runs[0].values())])
-    return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in SCORES),
-                     f"within mono and poly, `{SCORES[-1]}`",
-                     "on synthetic defects, " + " / ".join(f"`{s}`" for s in SCORES), "minutes"], table)
+    return markdown(["third view", "seeds", *(f"AUROC by `{score}`" for score in scores), "minutes"], table)
 
 
 def summary(rows):
@@ -302,10 +305,10 @@ def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
 
 def comparisons(rows, scores, setting):
     """The paired differences of PAIRS at one setting, by each score, over seeds with scores on both sides."""
-    table = []
+    table, names = [], [s for s in SCORES if any(of(rows, mode, setting, s) for mode in TABLED)]
     for first, second in PAIRS:
         cells, paired = [], []
-        for score in SCORES:
+        for score in names:
             a, b = ({seed: scores[key_of(row)] for seed, row in of(rows, mode, setting, score).items()
                      if key_of(row) in scores} for mode in (first, second))     # `local` may have none
             cells.append("")
@@ -316,7 +319,7 @@ def comparisons(rows, scores, setting):
         if paired:
             seeds = ", ".join(map(str, paired)) + (" (images only)" if len(paired) == 1 else "")
             table.append([f"{first} - {second}", seeds, *cells])
-    return markdown(["difference of AUROC, 95% interval", "seeds", *(f"`{s}`" for s in SCORES)], table)
+    return markdown(["difference of AUROC, 95% interval", "seeds", *(f"`{s}`" for s in names)], table)
 
 
 def search(rows):
@@ -341,17 +344,64 @@ def similarities(probes):
     return markdown(["trained with", "seeds", *(k.removeprefix("sim_") for k in kinds)], lines)
 
 
+def tried():
+    """What was tried for --quick, from quick.csv: AUROCs by csi of held-out normals, a line a setting."""
+    found = {}
+    with open(HERE / "quick.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            name = "{steps} steps of {batch_size}, {optimizer}, crops from {crop_min}".format(**row)
+            for data in SETS:
+                if row["data"] == data:
+                    found.setdefault((row["dissolve"], name), {}).setdefault(data, []).append(row)
+
+    def means(rows, *names):
+        return " / ".join(f"{statistics.fmean(float(r[name]) for r in rows):.3f}" for name in names)
+
+    kinds = ("auroc", "line", "patch", "haze")
+    table = [[NAMES[mode], name, *(means(by[data], *kinds) if data in by else "" for data in SETS),
+              means(by["pneumoniamnist"], "real") if "pneumoniamnist" in by else "",
+              ", ".join(str(len(by.get(data, []))) for data in SETS)] for (mode, name), by in found.items()]
+    header = [f"{name.split(',')[0]}: mean / {' / '.join(kinds[1:])}" for name in SETS.values()]
+    return markdown(["third view", "setting", *header, "PneumoniaMNIST's val anomalies", "seeds"], table)
+
+
+def front():
+    """The front page's table: AUROC by csi of --quick on SETS, a line a third view, and the best floor."""
+    each = {data: read(HERE / "results.csv", data) for data in SETS}
+    table = [[name, *(spread(r["auroc"] for r in of(rows, mode, QUICK, "csi").values()) or "not run"
+                      for rows in each.values()), PAPER.get(mode, "")] for mode, name in FRONT.items()]
+    highest = []
+    for data in SETS:
+        known = {name: statistics.fmean(values) for (name, size), values
+                 in floors(HERE / "results.csv", data).items() if "draws=2" in size}
+        name = max(known, key=known.get, default="")
+        highest.append(f"{known[name]:.3f}, {name.split(',')[0]}" if known else "not run")
+    table.append(["the highest floor", *highest, ""])
+    return markdown(["third view", *SETS.values(), "the paper, PneumoniaMNIST"], table)
+
+
 def page():
     """README.md with its tables as the csv files have them."""
+    table, blocks = HERE / "results.csv", []
+    for data, name in SETS.items():
+        rows, scores = read(table, data), read_scores(HERE / "results-scores.csv", data)
+        new = [r for r in rows if "draws=2" in r["setting"]]
+        blocks += [f"**{name}, {s.removesuffix(', draws=2')}**\n\n{contrast(new, s)}\n\n"
+                   f"{comparisons(new, scores, s)}" for s in settings_tested(new)]
+        blocks.append(markdown([f"floor, {name}", "seeds", "AUROC"], [
+            [floor, str(len(values)), spread(values)] for (floor, size), values
+            in floors(HERE / "results.csv", data).items() if "draws=2" in size]))
+    text = put((HERE / "README.md").read_text(), "quick", "\n\n".join(blocks))
+    text = put(text, "tried", tried())
+
     rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
-    tables = [f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}"
-              for s in settings_tested(rows)]
+    tables = [f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in (LONGER, SHOWN)]
     tables.append(markdown(["floor", "images", "seeds", "AUROC"], [
-        [*name, str(len(values)), spread(values)] for name, values in floors(HERE / "results.csv").items()]))
-    probed = [f"**{s}**\n\n{similarities(read_probes(HERE / 'probe.csv', s))}" for s in (SHOWN, LONGER)]
-    text = put((HERE / "README.md").read_text(), "summary", summary(rows))
+        [*name, str(len(values)), spread(values)]
+        for name, values in floors(HERE / "results.csv").items() if "draws=2" not in name[1]]))
+    text = put(text, "summary", summary(rows))
     text = put(text, "contrast", "\n\n".join(tables))
-    text = put(text, "probe", "\n\n".join(probed))
+    text = put(text, "probe", similarities(read_probes(HERE / "probe.csv", LONGER)))
     return put(text, "search", search(rows))
 
 
@@ -366,7 +416,8 @@ def main():
         add(Path(out), chip)
         print(f"added {out}")
     (HERE / "README.md").write_text(page())
-    print(f"wrote the tables in {HERE / 'README.md'}")
+    (HERE.parent / "README.md").write_text(put((HERE.parent / "README.md").read_text(), "front", front()))
+    print(f"wrote the tables in {HERE / 'README.md'}, and the one of the front page")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import dia_lib
 import evaluate
 import train_dia
 from extras import predict
+from extras.report import put
 from study import probe, results
 
 HEADER = ("data,dissolve,settings,seed,steps,score,minutes,val_auroc,auroc,ap,within_group_auroc,commit,"
@@ -47,7 +48,7 @@ def tables(tmp_path):
 def study(tmp_path, monkeypatch):
     """A copy of the study's folder, to add runs to."""
     copy = shutil.copytree(results.HERE, tmp_path / "study", ignore=shutil.ignore_patterns("*py*"))
-    (tmp_path / "pictures").mkdir()
+    shutil.copy(results.HERE.parent / "README.md", tmp_path)
     monkeypatch.setattr(results, "HERE", copy)
     return copy
 
@@ -163,6 +164,38 @@ def test_csi_for_as_many_seconds_has_a_line_of_its_own(tables, monkeypatch):
 def test_the_page_is_in_step_with_the_results():
     """What python -m study.results writes is what stands there: no number typed by hand, none forgotten."""
     assert (results.HERE / "README.md").read_text() == results.page()
+    front = (results.HERE.parent / "README.md").read_text()
+    assert front == put(front, "front", results.front())
+
+
+def test_the_front_page_has_the_runs_of_quick_and_the_highest_floor(study):
+    """Means of last steps by csi on both sets, beside what the paper has and the highest of the floors."""
+    n = results.QUICK.split()[0]
+    mine = f"image_size=64 batch_size=16 steps={n} draws=2"
+    runs = [("elpv,none", 0, 0.5), ("elpv,none", 1, 0.7), ("elpv,none", 10, 0.9),
+            ("pneumoniamnist,diffusion", 0, 0.8)]
+    rows = [f"{run},{mine},{seed},{n},csi,1,,{auroc},,,abc," for run, seed, auroc in runs]
+    rows += ["elpv,floor: pixels,image_size=64 holdout=0.1 draws=2,,0,,,,0.75,,,,",
+             "elpv,floor: pixels,image_size=64 holdout=0.1,,0,,,,0.99,,,,",
+             "elpv,floor: untrained,image_size=64 holdout=0.1 draws=2,0,0,csi,,,0.74,,,,"]
+    (study / "results.csv").write_text("\n".join([HEADER, *rows]) + "\n")
+    cells = [line.strip("| ").split(" | ") for line in results.front().splitlines()]
+    assert cells[2] == ["DIA: dissolved", "not run", "0.800", "0.903"]
+    assert cells[3] == ["CSI: no third view", "0.600 ± 0.141", "not run", "0.834"]
+    assert cells[-1][:3] == ["the highest floor", "0.750, pixels", "not run"]
+
+
+def test_what_was_tried_for_quick_is_told_by_setting(study):
+    setting = "none,LARS,16,0.08"
+    rows = ["data,dissolve,optimizer,batch_size,crop_min,steps,seed,auroc,line,patch,haze,cos,local,real",
+            f"elpv,{setting},200,10,0.6,0.5,0.6,0.7,0,0,", f"elpv,{setting},200,11,0.8,0.7,0.8,0.9,0,0,",
+            f"pneumoniamnist,{setting},200,10,0.5,0.4,0.5,0.6,0,0,0.9",
+            f"elpv,{setting},400,10,0.1,0.1,0.1,0.1,0,0,"]
+    (study / "quick.csv").write_text("\n".join(rows) + "\n")
+    lines = results.tried().splitlines()[2:]
+    assert lines[0] == ("| CSI (`none`) | 200 steps of 16, LARS, crops from 0.08 | "
+                        "0.700 / 0.600 / 0.700 / 0.800 | 0.500 / 0.400 / 0.500 / 0.600 | 0.900 | 2, 1 |")
+    assert "400 steps" in lines[1] and lines[1].endswith("|  |  | 1, 0 |") and len(lines) == 2
 
 
 def test_summary_has_the_settings_below_each_other(tables, monkeypatch):
@@ -208,8 +241,8 @@ def test_a_scored_run_is_added_once_with_its_figures(own_chain, study, monkeypat
     for row, column in zip(rows, ("score", "cos"), strict=True):
         assert row["auroc"] == pytest.approx(by_hand(images, column), abs=6e-5)
         words = row["settings"].split()
-        assert {"draws=2", "steps=4", "batch_size=4", "image_size=40", "holdout=0.3", "crop_min=0.3",
-                "optimizer=adamw", "stage1_dim=8", "stage1_steps=4"} <= set(words)
+        assert {"draws=2", "steps=4", "batch_size=4", "image_size=40", "holdout=0.3", "stage1_dim=8",
+                "stage1_steps=4"} <= set(words)
         assert not {"data", "seed", "dissolve", "gamma", "stage1_seed"} & {w.split("=")[0] for w in words}
         assert (row["seed"], row["steps"], row["last"]) == (0, 4, True)
         assert row["val_auroc"] is None and row["processor"]
@@ -266,12 +299,12 @@ def test_new_rows_have_a_table_of_their_own_and_leave_the_old_ones_alone(own_cha
     assert after == {**before, new: after[new]} and new not in before
     a, b = (roc_auc_score(labels, side) for side in scores)
     first, second = after[new].splitlines()[2:]
-    assert first.startswith(f"| DIA (`diffusion`) | 0 | **{a:.3f}** ({a:.3f}) | **{a:.3f}** ({a:.3f}) |  |")
+    assert first.startswith(f"| DIA (`diffusion`) | 0 | **{a:.3f}** ({a:.3f}) | **{a:.3f}** ({a:.3f}) | ")
     assert second.startswith(f"| CSI (`none`) | 0 | **{b:.3f}** ({b:.3f}) |")
     each = results.read_scores(study / "results-scores.csv")
     line, = results.comparisons(results.read(study / "results.csv"), each, new).splitlines()[2:]
     assert line.startswith(f"| diffusion - none | 0 (images only) | {a - b:+.3f} (")
-    assert line.endswith(") |  |")
+    assert len(line.split("|")) == 6                                            # none by local
 
 
 def test_weights_kept_on_the_way_have_their_own_rows(own_chain, study):
@@ -315,7 +348,7 @@ def test_key_has_what_differs_from_the_paper_and_acts(chain):
         given = s["given"] | {k: v for k, v in changes.items() if k in s["given"]}
         return results.run_key({**s, **changes, "given": given}, 4)["settings"]
 
-    usual = "image_size=40 crop_min=0.3 holdout=0.3 optimizer=adamw steps=4 batch_size=4 draws=2"
+    usual = "image_size=40 holdout=0.3 steps=4 batch_size=4 draws=2"
     assert set(words(dissolve="none").split()) == set(usual.split())
     idle = words(dissolve="none", twins="excluded", t_range=[3, 9], dissolve_size=64)
     assert set(idle.split()) == set(usual.split())
