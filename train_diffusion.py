@@ -16,7 +16,7 @@ from dia_lib import (
     save_checkpoint, save_grid, send, step_generator, to_01, to_float, to_pm1, training_flags, update_ema,
 )
 
-QUICK = dict(dim=32, steps=400, batch_size=16, lr=1e-3)
+QUICK = dict(dim=16, steps=600, batch_size=16, lr=1e-3)
 BINS = [(0, 30), (30, 130), (130, 300), (300, 1000)]        # of t, for the held-out loss
 ZERO = 0.798                                               # E|eps|, the L1 loss of predicting no noise
 
