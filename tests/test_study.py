@@ -288,14 +288,14 @@ def test_new_rows_have_a_table_of_their_own_and_leave_the_old_ones_alone(own_cha
     metrics, scores = json.loads((own_chain / "metrics.json").read_text()), []
     for mode in ("diffusion", "none"):
         s = metrics["settings"]
-        usual = {"image_size": 64, "batch_size": 16, "steps": 400, "holdout": 0.1}
+        usual = {"image_size": 64, "batch_size": 16, "steps": 2000, "holdout": 0.1}
         s |= {"data": "elpv", "dissolve": mode, **usual, "given": {**s["given"], **usual}}
-        (own_chain / "metrics.json").write_text(json.dumps({**metrics, "step": 400, "settings": s}))
+        (own_chain / "metrics.json").write_text(json.dumps({**metrics, "step": 2000, "settings": s}))
         scores.append(labels + rng.normal(size=len(labels)))
         lines = [f"{y},,{score},{score}" for y, score in zip(labels, scores[-1], strict=True)]
         (own_chain / "scores.csv").write_text("\n".join(["label,group,score,cos", *lines]))
         results.add(own_chain, "chip")
-    after, new = tables(), "400 steps, draws=2"
+    after, new = tables(), "2000 steps, draws=2"
     assert after == {**before, new: after[new]} and new not in before
     a, b = (roc_auc_score(labels, side) for side in scores)
     first, second = after[new].splitlines()[2:]
