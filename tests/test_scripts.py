@@ -267,7 +267,6 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, flags, steps, cha
     assert log_of(out) == log_of(whole)
 
 
-@pytest.mark.parametrize("module", [train_diffusion, train_dia])
 def test_a_run_of_another_version_is_not_resumed(own_chain, folder):
     """One with a setting that is no flag any more would go on with other settings than it began with."""
     state = dia_lib.load_checkpoint(own_chain / "dia.pt", "dia", "cpu")
@@ -278,6 +277,7 @@ def test_a_run_of_another_version_is_not_resumed(own_chain, folder):
         train_dia, "--data", folder, "--out", own_chain, "--resume")
 
 
+@pytest.mark.parametrize("module", [train_diffusion, train_dia])
 def test_resuming_a_finished_run_is_no_mistake(module, chain, folder, capsys):
     """It may have been killed after its last checkpoint; a chain of commands goes on."""
     before = (chain / "log.jsonl").read_bytes()
