@@ -48,6 +48,8 @@ def arguments(argv=None):
     args, state = parse_training(parser, "dia", QUICK, argv)
     if args.t_range and args.t_range[0] >= args.t_range[1]:
         parser.error(f"--t-range {args.t_range[0]} {args.t_range[1]}: needs A below B")
+    if args.lr > 1e30:
+        parser.error(f"--lr {args.lr:g}: needs a number up to 1e30")
     return args, state
 
 
