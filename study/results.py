@@ -259,9 +259,14 @@ def settings_tested(rows):
 # ---- Tables ----------------------------------------------------------------------------------------------
 
 
+def scored_by(rows, setting):
+    """Those of SCORES by which a setting has runs."""
+    return [s for s in SCORES if any(of(rows, mode, setting, s) for mode in TABLED)]
+
+
 def contrast(rows, setting):
     """The table of one setting: a line a mode; by each score the mean over seeds, and each seed's AUROC."""
-    table, scores = [], [s for s in SCORES if any(of(rows, mode, setting, s) for mode in TABLED)]
+    table, scores = [], scored_by(rows, setting)
     for mode in TABLED:
         runs = [of(rows, mode, setting, score) for score in scores]
         if any(runs):
@@ -306,7 +311,7 @@ def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
 
 def comparisons(rows, scores, setting):
     """The paired differences of PAIRS at one setting, by each score, over seeds with scores on both sides."""
-    table, names = [], [s for s in SCORES if any(of(rows, mode, setting, s) for mode in TABLED)]
+    table, names = [], scored_by(rows, setting)
     for first, second in PAIRS:
         cells, paired = [], []
         for score in names:
@@ -386,22 +391,23 @@ def front():
 def page():
     """README.md with its tables as the csv files have them."""
     table, blocks = HERE / "results.csv", []
+    each = {data: (read(table, data), read_scores(HERE / "results-scores.csv", data)) for data in SETS}
     for data, name in SETS.items():
-        rows, scores = read(table, data), read_scores(HERE / "results-scores.csv", data)
+        rows, scores = each[data]
         new = [r for r in rows if "draws=2" in r["setting"]]
         blocks += [f"**{name}, {s.removesuffix(', draws=2')}**\n\n{contrast(new, s)}\n\n"
                    f"{comparisons(new, scores, s)}" for s in settings_tested(new)]
         blocks.append(markdown([f"floor, {name}", "seeds", "AUROC"], [
             [floor, str(len(values)), spread(values)] for (floor, size), values
-            in floors(HERE / "results.csv", data).items() if "draws=2" in size]))
+            in floors(table, data).items() if "draws=2" in size]))
     text = put((HERE / "README.md").read_text(), "quick", "\n\n".join(blocks))
     text = put(text, "tried", tried())
 
-    rows, scores = read(HERE / "results.csv"), read_scores(HERE / "results-scores.csv")
+    rows, scores = each["elpv"]
     tables = [f"**{s}**\n\n{contrast(rows, s)}\n\n{comparisons(rows, scores, s)}" for s in (LONGER, SHOWN)]
     tables.append(markdown(["floor", "images", "seeds", "AUROC"], [
         [*name, str(len(values)), spread(values)]
-        for name, values in floors(HERE / "results.csv").items() if "draws=2" not in name[1]]))
+        for name, values in floors(table).items() if "draws=2" not in name[1]]))
     text = put(text, "summary", summary(rows))
     text = put(text, "contrast", "\n\n".join(tables))
     text = put(text, "probe", similarities(read_probes(HERE / "probe.csv", LONGER)))
