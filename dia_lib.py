@@ -476,7 +476,10 @@ def csi_score(stats, z, logits):
 # Images
 # ==========================================================================================================
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+PREPARE = ("8-bit images are read, and 16-bit ones of the full range; python -m extras.prepare makes such of "
+           "others.")
+MASKS = {"ground_truth", "gt", "mask", "masks"}         # folders that are not read
 MEDMNIST_NORMAL = {"pneumoniamnist": 0, "breastmnist": 1, "octmnist": 3}    # label of the healthy class
 MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
 MEDMNIST_MD5 = {
@@ -507,21 +510,25 @@ class Data:
     labels: Tensor          # (Q,) int64, 1 = anomaly
     groups: list            # Q names
     paths: list             # Q names, relative to the data
+    names: dict             # {"train": M names, "held": n names}
+    deep: dict              # {"train", "test": share of the images that have 16 bits}
+    left_out: str           # what else lies in the folder, in words
     digests: dict           # {"train": (M,), "held": (n,), "test": (Q,)} int64
     fingerprint: str        # of the training images
-    defaults: dict          # shift, t_range, image_size
+    defaults: dict          # shift, t_range, image_size; window: what extras.prepare made black and white
 
 
 def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.1, normal_class=None):
     """Load a set by name, an npz file in MedMNIST's format, or a folder in MVTec's or ImageFolder's layout.
 
     image_size: pixels of the square that images are brought to; None for the set's own. Arrays of an npz file
-    are never enlarged.  splits: ("train",) reads no test images.  holdout: share of the training normals set
-    aside, by a hash of their pixels; where an npz file has a val split, its normals are set aside instead.
-    The order of training images depends on their pixels alone.  Exits with a sentence where data are not as
-    expected.
+    are never enlarged.  splits: ("train",) reads no test images; where there are none, Q is 0.  holdout:
+    share of the training normals set aside, by a hash of their pixels; where an npz file has a val split, its
+    normals are set aside instead. The order of training images depends on their pixels alone.  Exits with a
+    sentence where data are not as expected.
     """
     path, defaults = Path(data).expanduser(), {"shift": "rotate", "t_range": [30, 130], "image_size": 224}
+    defaults["window"], left_out = None, ""
     if data == "elpv":
         items, defaults["shift"] = elpv_items(), "perm"
     elif path.suffix == ".npz" or (data in MEDMNIST_MD5 and not path.is_dir()):
@@ -531,46 +538,98 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
         defaults["image_size"], image_size = min(native, 224), min(image_size or 224, native)
     elif path.is_dir():
         items = folder_items(path, splits, normal_class)
+        left_out = not_read(path, items)
         if (path / "prepared.json").is_file():                              # of extras/prepare.py
             try:
-                defaults |= json.loads((path / "prepared.json").read_text()).get("defaults", {})
+                says = json.loads((path / "prepared.json").read_text())
+                defaults |= says.get("defaults", {}) | {"window": says.get("window")}
             except (ValueError, TypeError, AttributeError):
                 raise SystemExit(f"{path}/prepared.json is not as extras.prepare writes it.") from None
     else:
         raise SystemExit(f"--data {data}: no such folder, npz file or set; sets known by name: elpv, "
                          f"{', '.join(MEDMNIST_MD5)}.")
-    size, test = image_size or defaults["image_size"], items["test"] if "test" in splits else []
+    size, test = image_size or defaults["image_size"], items.get("test", [])
 
-    train, digests = read_images(items["train"], size)
-    order = np.argsort(digests)
-    train, digests = train[order], digests[order]
+    train, digests, deep = read_images(items["train"], size)
+    order = np.argsort(digests, kind="stable")
+    train, digests, names = train[order], digests[order], [items["train"][i].name for i in order]
     if "val" in items:                                                  # all of train trains, as in the paper
-        held, held_digests = read_images(items["val"] if holdout else [], size)
+        val = items["val"] if holdout else []
+        held, held_digests, _ = read_images(val, size)
+        names = {"train": names, "held": [i.name for i in val]}
     else:                                                                   # equal images are on one side
         n = int((digests < holdout * 2.0 ** 64).sum())
         held, held_digests, train, digests = train[:n], digests[:n], train[n:], digests[n:]
+        names = {"train": names[n:], "held": names[:n]}
     if not len(train):
         raise SystemExit(f"--data {data}: --holdout {holdout} leaves none of {len(order)} images to train on")
-    pixels, test_digests = read_images(test, size)
+    pixels, test_digests, test_deep = read_images(test, size)
     each = {"train": digests, "held": held_digests, "test": test_digests}
     return Data(name=data_name(data), train=torch.from_numpy(train), held=torch.from_numpy(held),
                 calibration=torch.from_numpy(held_digests % 2 == 1), test=torch.from_numpy(pixels),
                 labels=torch.tensor([i.label for i in test], dtype=torch.int64),
-                groups=[i.group for i in test], paths=[i.name for i in test],
+                groups=[i.group for i in test], paths=[i.name for i in test], names=names,
+                deep={"train": deep, "test": test_deep}, left_out=left_out,
                 digests={k: torch.from_numpy(v.view(np.int64)) for k, v in each.items()},
                 fingerprint=hashlib.sha256(digests.tobytes()).hexdigest(), defaults=defaults)
 
 
 def found(data):
-    """What was found, in a line, for the start of each script."""
+    """What was found, for the start of each script: kind, counts, what was not read, a warning a doubt."""
+    bits = {0: "8-bit", 1: "16-bit"}.get(data.deep["train"], "8- and 16-bit")
+    colours = "grey" if data.train.shape[1] == 1 else "RGB"
     kinds = Counter(zip(data.labels.tolist(), data.groups, strict=True))
-    test = ""
-    for (label, group), n in sorted(kinds.items()):
-        kind = "anomalous" if label else "normal"
-        test += f"; test {kind if group in ('', kind) else f'{kind} {group}'}: {n:,}"
-    return (f"{data.name}: train normal: {len(data.train):,}{test}; {data.train.shape[-1]} px, "
-            f"{'grey' if data.train.shape[1] == 1 else 'RGB'}; {len(data.held):,} normals held out, "
-            f"{int(data.calibration.sum()):,} of them for calibration")
+    tests = [f"{('normal', 'anomalous')[label]} {group}".strip() + f" {n:,}"
+             for (label, group), n in sorted(kinds.items())]
+    lines = [f"{data.name}: {data.train.shape[-1]} px, {colours}, {bits}; {len(copies(data))} copies between "
+             "train and test",
+             f"  train: normal {len(data.train):,}; held out {len(data.held):,}, {data.calibration.sum():,} "
+             "of them for calibration",
+             f"  test: {', '.join(tests) or 'no images'}"]
+    lines += [f"  not read: {data.left_out}"] if data.left_out else []
+    return "\n".join(lines + [f"warning: {doubt}" for doubt in doubts(data)])
+
+
+def copies(data):
+    """[(name, name)] of each test image that is a training or held-out image as well, and of that one."""
+    known = {digest: name for split in ("train", "held")
+             for digest, name in zip(data.digests[split].tolist(), data.names[split], strict=True)}
+    pairs = zip(data.paths, data.digests["test"].tolist(), strict=True)
+    return [(path, known[digest]) for path, digest in pairs if digest in known]
+
+
+def doubts(data):
+    """What looks wrong in a set, a sentence each: copies, constant images, train and test unlike."""
+    def some(names):
+        return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+
+    def coloured(images):
+        return 0 if images.shape[1] == 1 else int((images != images[:, :1]).flatten(1).any(1).sum())
+
+    said, M, Q = [], len(data.train), len(data.test)
+    if pairs := copies(data):
+        said.append(f"{len(pairs)} of {Q} test images are training images, too; their scores mean nothing: "
+                    f"{some([' = '.join(pair) for pair in pairs])}")
+    parts = {"training": (data.train, data.names["train"]), "test": (data.test, data.paths)}
+    for kind, (images, names) in parts.items():
+        constant = (images == images[:, :, :1, :1]).flatten(1).all(1)                                   # (n,)
+        flat = [name for name, yes in zip(names, constant.tolist(), strict=True) if yes]
+        if flat and len(flat) * 10 >= len(images):
+            said.append(f"{len(flat)} of {len(images)} {kind} images are constant: {some(flat)}")
+    if not Q:
+        return said
+    if data.deep["train"] != data.deep["test"]:
+        said.append("{:.0%} of the training images have 16 bits, {:.0%} of the test images".format(
+            data.deep["train"], data.deep["test"]))
+    train, test = coloured(data.train), coloured(data.test)
+    if not train and test or train == M and not test:
+        said.append(f"{train} of {M} training images are in colour, {test} of {Q} test images")
+    light, others = (x.float().mean((1, 2, 3)) for x in (data.train, data.test[data.labels == 0]))
+    low, high = light.quantile(torch.tensor([0.01, 0.99])).tolist()
+    if len(others) and not low <= others.median() <= high:
+        said.append(f"mean brightness is {light.median():.0f} of 255 in training images, "
+                    f"{others.median():.0f} in normal test images")
+    return said
 
 
 def data_name(data):
@@ -607,7 +666,11 @@ def medmnist(name):
         if check_integrity(path, MEDMNIST_MD5[name]):
             return path
     url = MEDMNIST_URL.format(name)
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{error}: {name} would be kept there; the variable XDG_CACHE_HOME names another "
+                         "place.") from None
     with whole(cache) as temporary:
         try:
             torch.hub.download_url_to_file(url, str(temporary))             # https, with a progress bar
@@ -674,80 +737,135 @@ def folder_items(root, splits, normal_class):
         folders = folder.iterdir() if folder.is_dir() else []
         return sorted(p.name for p in folders if p.is_dir() and not p.name.startswith("."))
 
+    def usual(classes):
+        return [c for c in classes if re.sub(r"^\d+[_-]?", "", c).lower() in ("good", "normal", "ok")]
+
     train, test = root / "train", root / "test"
     if not train.is_dir():
         raise SystemExit(f"{root}: no folder train; {TREE}; found {', '.join(below(root)) or 'no folder'}. "
                          "Other layouts: python -m extras.prepare.")
-    classes = [c for c in below(train) if walk(train / c)]
-    usual = [c for c in classes if re.sub(r"^\d+[_-]?", "", c).lower() in ("good", "normal")]
-    normal = usual if len(classes) > 1 else classes
+    classes, groups = ([c for c in below(folder) if walk(folder / c)] for folder in (train, test))
+    normal = usual(classes) if len(classes) > 1 else classes
     if normal_class:
         normal = [c for c in classes if c == normal_class]
+    if normal_class and not normal:
+        raise SystemExit(f"--normal-class {normal_class}: no such folder with images in {train}; found "
+                         f"{', '.join(classes) or 'none'}.")
     if len(normal) != 1:
         raise SystemExit(f"{train}: {'several' if normal else 'no'} candidates for the normal class; {TREE}; "
                          f"found {', '.join(classes) or 'no images'}. Name it with --normal-class.")
-    items = {"train": [Item(f.relative_to(root).as_posix(), 0, "", f) for f in walk(train / normal[0])]}
+    alike = [c for c in groups if c.lower() == normal[0].lower()] or usual(groups)
+    if alike and normal[0] not in groups:
+        raise SystemExit(f"{test}: no folder {normal[0]}, which is the normal class in {train}; found "
+                         f"{', '.join(groups)}. Is it {alike[0]}? Give both folders the same name.")
+    items = {"train": [Item(name_in(root, f), 0, "", f) for f in walk(train / normal[0])]}
     if "test" in splits:
-        items["test"] = [Item(f.relative_to(root).as_posix(), int(c != normal[0]), c, f)
-                         for c in below(test) for f in walk(test / c)]
-        if not items["test"]:
-            raise SystemExit(f"{test}: no test images; {TREE}; found {', '.join(below(root))}.")
+        items["test"] = [Item(name_in(root, f), int(c != normal[0]), c, f)
+                         for c in groups for f in walk(test / c)]
     return items
 
 
-def walk(folder, above=None):
-    """All images below a folder, sorted by name; links are followed, a link back to a folder above is not."""
+def name_in(root, file):
+    """The name of a file below root; what is not UTF-8 in it becomes a question mark."""
+    return os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace").replace("\ufffd", "?")
+
+
+def not_read(root, items):
+    """What lies in a set's folder and is not in its items, in words: "12 .png in test/ground_truth"."""
+    known, other = {item.source for split in items.values() for item in split}, Counter()
+    for split in items:
+        for file in (root / split).rglob("*"):
+            if file.is_file() and not file.name.startswith(".") and file not in known:
+                where = "/".join(file.relative_to(root).parts[:-1][:2])
+                other[f"{file.suffix or 'other'} in {where}"] += 1
+    return "; ".join(f"{n:,} {what}" for what, n in sorted(other.items()))
+
+
+def walk(folder, above=None, suffixes=SUFFIXES):
+    """All images below a folder, sorted by name, but masks: folders of MASKS, x_mask.png beside x.png, xyz
+    beside rgb. Links are followed, a link back to a folder above is not.
+    """
     real, files = folder.resolve(), []
     above = set(real.parents) if above is None else above
-    if real in above:
+    if real in above or folder.name.lower() in MASKS:
         return []
-    for path in sorted(p for p in folder.iterdir() if not p.name.startswith(".")):
+    paths = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    stems = {p.stem for p in paths}
+    for path in paths:
         if path.is_dir():
-            files += walk(path, above | {real})
-        elif path.suffix.lower() in SUFFIXES:
+            files += [] if path.name == "xyz" and "rgb" in stems else walk(path, above | {real}, suffixes)
+        elif path.suffix.lower() in suffixes and not (
+                path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems):
             files.append(path)
     return files
 
 
-def read_images(items, size):
-    """All images of a split, decoded in parallel: uint8 (n, C, size, size), and their digests uint64 (n,)."""
+def read_images(items, size, window=None):
+    """All images of a split, decoded in parallel: uint8 (n, C, size, size), their digests uint64 (n,), and
+    the share of them that have more than 8 bits. size, window: see `decode`.
+    """
     pixels, digests = np.empty((len(items), 1, size, size), np.uint8), np.empty(len(items), np.uint64)
+    levels, deep = np.zeros(256, bool), 0
     with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda item: decode(item.source, size), items)
+        read = pool.map(lambda item: decode(item.source, size, window), items)
         bar = tqdm(read, "reading images", len(items), unit="image", disable=None, leave=False)
-        for i, (image, digest) in enumerate(bar):
+        for i, (image, digest, used) in enumerate(bar):
             if len(image) > pixels.shape[1]:                                # the first one with colours
                 pixels = np.repeat(pixels, 3, 1)
             pixels[i], digests[i] = image, digest
-    return pixels, digests
+            if used is not None:
+                levels, deep = levels | used, deep + 1
+    if deep and levels.sum() < 64:
+        raise SystemExit(f"{items[0].source} and the like: {deep} images of 16 bits fill only {levels.sum()} "
+                         f"of 256 grey levels: their values are a small part of 0 to 65,535. {PREPARE}")
+    return pixels, digests, deep / max(1, len(items))
 
 
-def decode(source, size):
-    """A path, or an array uint8 (H, W[, 3]) -> pixels uint8 (C, size, size), C = 1 if grey, and a digest.
+def decode(source, size, window=None):
+    """A path, or an array uint8 (H, W[, 3]) -> pixels uint8 (C, size, size), C = 1 if grey; a digest; levels.
 
     Brought to a square by antialiased bilinear resizing. The digest, an int of 64 bits, is of all its pixels.
+    window: (low, high), values that become 0 and 255 where the file has more than 8 bits; without it, 16 bits
+    unsigned are taken by their full range, and others refused.  levels: (256,) bool, the grey levels used
+    where the file has more than 8 bits, else None.
     """
-    # choice: the aspect is not kept (as in the released code), transparency is dropped, 16 bits are scaled by
-    # their full range
+    # choice: the aspect is not kept (as in the released code), what is transparent becomes black
     try:
         image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, {Image.MAX_IMAGE_PIXELS:,} at most")
+        pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+        if pages > 1:
+            raise SystemExit(f"{source} has {pages} pages: which of them? {PREPARE}")
+        raw = str(image.tile[0].args) if getattr(image, "tile", None) else ""           # as it is stored
+        signed = 2 in np.ravel(getattr(image, "tag_v2", {}).get(339, 1)) or ";32" in raw
+        deep = image.mode == "F" or image.mode.startswith("I") or ";16" in raw or signed
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                                      # 16-bit grey
-            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        if deep and image.mode[:2] != "RG":                                                 # grey
+            values = np.asarray(image.convert("F") if signed else image).astype(np.float64)
+            if window is None and (image.mode == "F" or signed):
+                kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+                raise SystemExit(f"{source} has {kind} values, {values.min():g} to {values.max():g}. "
+                                 f"{PREPARE}")
+            low, high = window or (0, 65535)
+            values = (values - low) * 255 / (high - low) if window else values // 257
+            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         image = image.convert("RGB")
         red, green, blue = image.split()
         if all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue)):
             image = red
         digest = hashlib.sha256(f"{image.size}".encode())
         digest.update(image.tobytes())
+        levels = np.bincount(np.asarray(image).ravel(), minlength=256) > 0 if deep else None
         image = image.resize((size, size), Image.Resampling.BILINEAR)   # as it is where the size is the same
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         raise SystemExit(f"{source} cannot be read as an image ({str(error) or 'too little memory'}): repair "
                          "or remove it, or let python -m extras.prepare leave it out.") from None
     pixels = np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
-    return pixels, int.from_bytes(digest.digest()[:8], "little")
+    return pixels, int.from_bytes(digest.digest()[:8], "little"), levels
 
 
 # ---- Device --------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from scipy.stats import bootstrap, mannwhitneyu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_lib import (
-    Encoder, K, Log, csi_fit, csi_parts, data_name, embed, found, load_checkpoint, load_data, load_encoder,
-    make_parser, number, pick_device, run, save_checkpoint, save_grid, shared_flags, to_float, whole,
+    MEDMNIST_MD5, Encoder, K, Log, csi_fit, csi_parts, data_name, embed, found, load_checkpoint, load_data,
+    load_encoder, make_parser, number, pick_device, run, save_checkpoint, save_grid, shared_flags, to_float,
+    whole,
 )
 
 
@@ -88,7 +89,11 @@ def evaluate(out, args, device):
 
 def data_of(settings, out, splits=("train", "test"), data=None, normal_class=None):
     """The images that a run was trained on, by the settings of its dia.pt; exits if they are others now."""
-    s, data = settings, data or settings["data"]
+    s = settings
+    if not data and s["data"] not in ("elpv", *MEDMNIST_MD5) and not Path(s["data"]).exists():
+        raise SystemExit(f"{out} was trained on --data {s['data']}, which is not there, seen from this "
+                         "folder: say by --data where it is.")
+    data = data or s["data"]
     loaded = load_data(data, s["image_size"], splits, s["holdout"], normal_class or s["normal_class"])
     if loaded.fingerprint != s["fingerprint"]:
         raise SystemExit(f"{out}/dia.pt was trained on other images than --data {data} has now.")

@@ -134,7 +134,7 @@ def main():
     device = pick_device(args.device)
 
     # Data
-    data = load_data(args.data, args.image_size, ("train",), args.holdout, args.normal_class)
+    data = load_data(args.data, args.image_size, holdout=args.holdout, normal_class=args.normal_class)
     M, channels, size = len(data.train), data.train.shape[1], data.train.shape[-1]
     check_batch(args.batch_size, M)
     if size % 2:
@@ -181,7 +181,7 @@ def main():
     log = Log(args.out, "dia", start, args.steps)
     settings = {k: getattr(args, k) for k in args.given}
     settings |= {"given": args.given, "channels": channels, "stem": stem, **known}
-    settings["fingerprint"] = data.fingerprint
+    settings |= {"fingerprint": data.fingerprint, "window": data.defaults["window"]}
     print(f"stage 2, {found(data)}\ndissolve {args.dissolve}, t in [{args.t_range[0]}, {args.t_range[1]}), "
           f"shift {args.shift}; batches of {args.batch_size} x {K} shifts x {views} views, {args.steps} "
           f"steps, LARS lr {args.lr:g}, seed {args.seed}; {precision(device)}", flush=True)

@@ -67,7 +67,7 @@ def memorised(unet, train, held, abar, log, step):
     on_train, on_held = change(unet, train, abar), change(unet, held, abar)
     log(step, change_train=on_train.mean().item(), change_held=on_held.mean().item())
     noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt()         # of the difference
-    if on_train.mean() < on_held.mean() - 2 * noise:
+    if len(on_held) >= 8 and on_train.mean() < on_held.mean() - 2 * noise:
         tqdm.write("dissolving changes training images less than held-out ones: the model has begun to "
                    "memorise them, so stage 1 is too long; use fewer --steps")
 
@@ -86,7 +86,7 @@ def main():
     device = pick_device(args.device)
 
     # Data
-    data = load_data(args.data, args.dissolve_size, ("train",), args.holdout, args.normal_class)
+    data = load_data(args.data, args.dissolve_size, holdout=args.holdout, normal_class=args.normal_class)
     n, channels = max(1, round(len(data.train) * args.fraction)), data.train.shape[1]
     check_batch(args.batch_size, n)
     if state and state["settings"]["fingerprint"] != data.fingerprint:

@@ -10,7 +10,7 @@ RUN/predict.pt; later ones do not.
 
     from extras.predict import load_images, load_run            # the same from Python
     run = load_run("runs/lungs")
-    images, paths, digests = load_images("new_scans", run.settings["image_size"])
+    images, paths, digests = load_images("new_scans", run.settings["image_size"], run.settings["window"])
     scores, p = run.score(images)                               # (n,) and (n,)
 """
 
@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 
 from dia_lib import (
-    SUFFIXES, Encoder, Item, autocast, csi_parts, embed, load_checkpoint, load_encoder, make_parser, number,
+    Encoder, Item, autocast, csi_parts, embed, load_checkpoint, load_encoder, make_parser, name_in, number,
     pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, to_float, walk, whole,
 )
 from evaluate import auroc_interval, data_of, remembered, training_stats, weights_of
+from extras.prepare import SCANS, is_dicom, look, page_of, to_8_bit
 
 SCORES = ("csi", "cos", "local")        # the paper's; its cosine alone; nearest neighbour of local features
 
@@ -58,24 +59,41 @@ def arguments(argv=None):
 # ---- Images, and the local score -----------------------------------------------------------------------
 
 
-def load_images(folder, size):
-    """All images below a folder, of any format and size. No copy is kept on disk.
+def load_images(folder, size, window=None):
+    """All images and scans below a folder, of any format and size. No copy is kept on disk.
 
+    window: (low, high) that the run's set was prepared with, `settings["window"]`; new scans get the same.
     Returns images (n, C, size, size) uint8, n paths relative to the folder, and digests (n,) int64 of their
     pixels, as in Data.digests. Says how many other files there are. Exits where there is no image.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise SystemExit(f"{folder}: no such folder.")
-    files, suffixes = walk(root), ", ".join(sorted(SUFFIXES))
+    files = [f for f in walk(root, suffixes=SCANS) if f.suffix or is_dicom(f)]
+    suffixes = " ".join(sorted(SCANS)).strip()
     if not files:
         raise SystemExit(f"{folder}: no image below it; looked for {suffixes}.")
-    other = sum(f.is_file() and f.suffix.lower() not in SUFFIXES for f in root.rglob("*"))
+    other = sum(f.is_file() and not f.name.startswith(".") for f in root.rglob("*")) - len(files)
     if other:
         print(f"note: {other} other files below {folder} are left out; images are {suffixes}")
-    items = [Item(f.relative_to(root).as_posix(), 0, "", f) for f in files]
-    pixels, digests = read_images(items, size)
+    items = [Item(name_in(root, f), 0, "", scan(f, window) if is_dicom(f) else f) for f in files]
+    pixels, digests, _ = read_images(items, size, window)
     return torch.from_numpy(pixels), [i.name for i in items], torch.from_numpy(digests.view(np.int64))
+
+
+def scan(path, window):
+    """A DICOM file of one page as uint8, by a window (low, high), or, where that is None, by its header's."""
+    seen = look(path)
+    if isinstance(seen, str):
+        raise SystemExit(seen)
+    if seen.pages > 1:
+        raise SystemExit(f"{path} has {seen.pages} pages: which of them? python -m extras.prepare takes one, "
+                         "or all.")
+    page = page_of(path, 0)
+    if not (window or page.window or page.pixels.dtype == np.uint8):
+        raise SystemExit(f"{path} names no window, and the run's images were not prepared with one: prepare "
+                         "both by python -m extras.prepare.")
+    return to_8_bit(page, window)
 
 
 @torch.no_grad()
@@ -227,7 +245,7 @@ def decisions(p, labels, fpr, n):
 def impossible(n, fpr):
     """Why n calibration images can never give a p-value of at most fpr, or None."""
     if n == 0:
-        return "no decisions: no normals were held out in training (--holdout)"
+        return "no decisions: no normals were held out for calibration in training (--holdout)"
     if expected_rate(fpr, n) == 0:
         return (f"no decisions: with {n} calibration normals no p-value is below {1 / (n + 1):.3f}; --fpr "
                 f"{fpr:g} needs {math.ceil(1 / fpr - 1e-9) - 1}: train with more --holdout, or raise --fpr")
@@ -294,7 +312,7 @@ def main():
     out, device, data = Path(args.run), pick_device(args.device), None
     settings = load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"]
     if args.images:
-        found = load_images(args.images, settings["image_size"])    # first: its mistakes are said at once
+        found = load_images(args.images, settings["image_size"], settings["window"])        # mistakes first
     if args.test or args.data:
         data = data_of(settings, out, ("train", "test")[:1 + args.test], args.data, args.normal_class)
     if args.test and len(set(data.labels.tolist())) != 2:

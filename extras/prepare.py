@@ -1,14 +1,17 @@
-"""Downloads of the paper's other sets, or plain folders of images -> the folder layout that the core reads.
+"""Folders of images or scans, or a download of the paper's sets -> the folder layout that the core reads.
 
     python -m extras.prepare ~/Downloads/kvasir data/kvasir --set kvasir
     python -m extras.prepare scans data/scans --normal healthy --anomaly tumour bleeding
+    python -m extras.prepare ct data/ct --normal healthy --anomaly nodule --window -1000 400
 
 Writes OUT/train/normal, OUT/test/normal, OUT/test/<group> for each group of anomalies, and
-OUT/prepared.json (what it was made of, counts, images left out and why, defaults that the scripts take).
-Files are copied as they are. A set's download is taken untouched, as it unzips. Where no split is
-published, a share of the normals and all anomalies are to test on: scikit-learn's split of the sorted
-names with seed 42, as for ELPV. All is made in OUT.part, which becomes OUT at the end: nothing half done
-is read.
+OUT/prepared.json (what it was made of, counts, images left out and why, window, defaults of the scripts).
+8-bit images are copied as they are. Scans of more bits and DICOM files (pip install pydicom) become PNG of 8
+bits: LOW..HIGH of --window turns into 0..255; without it the window in a DICOM file's header, or else the 0.1
+to 99.9 percentile of the training images. Copies of an image within training, or in training and test, are
+left out of training. Where no split is published, a share of the normals and all anomalies are to test on:
+scikit-learn's split of the sorted names with seed 42, as for ELPV; --group-by, or DICOM's PatientID, keeps
+images of one patient on one side. All is made in OUT.part, which becomes OUT at the end.
 """
 
 import argparse
@@ -16,11 +19,15 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+from sklearn.model_selection import GroupShuffleSplit
 from tqdm import tqdm
 
 from dia_lib import SUFFIXES, Item, decode, folder_items, number, run, split_items, walk, whole
@@ -36,7 +43,123 @@ SETS = {
     "aptos2019": ("kaggle.com/competitions/aptos2019-blindness-detection", ["train.csv", "train_images"],
                   [], []),
 }
+SCANS = SUFFIXES | {".dcm", ".dicom", ".ima", ""}          # a file without a suffix may be DICOM
+Look = namedtuple("Look", "pages convert patient")          # what a file's header says
+Page = namedtuple("Page", "pixels window invert")           # of page_of
 DEFAULTS = {"kvasir": {"shift": "perm", "t_range": [100, 200]}}             # DIA Sec. 4.1, Tab. 4
+
+
+# ---- Scans ---------------------------------------------------------------------------------------------
+
+
+def is_dicom(path):
+    """True for a DICOM file: by its suffix, or by its magic number where it has none."""
+    if path.suffix:
+        return path.suffix.lower() in SCANS - SUFFIXES
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def dicom(path, **how):
+    """A DICOM file, read by pydicom; exits with a sentence where it is not installed or cannot read it."""
+    try:
+        import pydicom
+    except ImportError:
+        raise SystemExit(f"{path} is a DICOM file: pip install pydicom") from None
+    try:
+        return pydicom.dcmread(path, **how)
+    except Exception as error:                          # it raises many types for files that are torn
+        raise SystemExit(f"{path} cannot be read as DICOM ({error})") from None
+
+
+def look(path):
+    """A file's Look: how many pages, must they be converted, which patient; or why it cannot be read."""
+    try:
+        if is_dicom(path):
+            header = dicom(path, stop_before_pixels=True)
+            return Look(int(header.get("NumberOfFrames") or 1), True, str(header.get("PatientID") or ""))
+        with Image.open(path) as image:
+            pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+            stored = str(image.tile[0].args) if image.tile else ""
+            signed = 2 in np.ravel(getattr(image, "tag_v2", {}).get(339, 1))
+            deep = image.mode == "F" or image.mode.startswith("I") or ";16" in stored or signed
+            return Look(pages, deep or pages > 1, "")
+    except SystemExit as stop:
+        return str(stop)
+    except Exception as error:                          # Pillow raises many types for files that are torn
+        return f"cannot be read as an image ({error})"
+
+
+def page_of(path, number):
+    """One page of a scan. pixels: (H, W) of any type, or uint8 (H, W, 3); window: (low, high) that a DICOM
+    header asks for, or None; invert: are low values white? Exits where it cannot be read.
+    """
+    if is_dicom(path):
+        return dicom_page(path, number)
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            image.seek(number)
+            if image.tile and ";16" in str(image.tile[0].args) and image.mode.startswith("RGB"):
+                raise ValueError("colour of 16 bits")
+            grey = image.mode in ("F", "L") or image.mode.startswith("I")
+            return Page(np.array(image if grey else image.convert("RGB")), None, False)
+    except Exception as error:
+        raise SystemExit(f"{path} cannot be read as an image ({error})") from None
+
+
+def dicom_page(path, number):
+    """`page_of` a DICOM file, after its Modality LUT."""
+    header = dicom(path)
+    try:
+        from pydicom.pixels import apply_modality_lut, pixel_array
+        pixels = pixel_array(header, index=number)
+        if pixels.ndim == 3:
+            return Page(pixels.astype(np.uint8), None, False)
+        values, window = apply_modality_lut(pixels, header).astype(np.float64), None
+        if header.get("WindowWidth"):
+            centre, width = (float(np.ravel(header.get(k))[0]) for k in ("WindowCenter", "WindowWidth"))
+            if header.get("VOILUTFunction", "LINEAR") == "LINEAR":          # DICOM PS3.3, C.11.2.1.2
+                centre, width = centre - 0.5, width - 1
+            window = centre - width / 2, centre + max(width, 1e-6) / 2
+        return Page(values, window, header.get("PhotometricInterpretation") == "MONOCHROME1")
+    except Exception as error:                          # among them that a decoder is not installed
+        raise SystemExit(f"{path} cannot be read as DICOM ({error})") from None
+
+
+def to_8_bit(page, window):
+    """A Page -> uint8 pixels: the window's low to 0, high to 255, then inverted where that is said.
+
+    window: (low, high), or None for the page's own. What is uint8 already stays.
+    """
+    pixels = page.pixels
+    if pixels.dtype != np.uint8:
+        low, high = window or page.window
+        pixels = (pixels.astype(np.float64) - low) * (255 / (high - low))
+        pixels = pixels.clip(0, 255).round().astype(np.uint8)
+    return 255 - pixels if page.invert else pixels
+
+
+def window_of(pages):
+    """The 0.1 and 99.9 percentile of the values of pages [(path, number)], those left out that have a window
+    of their own or are uint8; None where there are no others. Up to 10,000 values of a page count.
+    """
+    values = []
+    for path, index in tqdm(pages, "finding the window", unit="page", disable=None, leave=False):
+        try:
+            page = page_of(path, index)
+        except SystemExit:
+            continue                                                        # it will be left out, and told
+        if page.window is None and page.pixels.dtype != np.uint8:
+            values.append(page.pixels.ravel()[::max(1, page.pixels.size // 10_000)].astype(np.float64))
+    if not values:
+        return None
+    low, high = np.percentile(np.concatenate(values), [0.1, 99.9]).tolist()
+    return [low, high if high > low else low + 1]
+
+
+# ---- What goes where -----------------------------------------------------------------------------------
 
 
 def listing(folder):
@@ -86,9 +209,9 @@ def plain_items(root, normal, anomalous):
             raise SystemExit(f"{flag}: no such folder below {root}; found: {listing(root)}.")
         if label and path.name.lower() == "normal":
             raise SystemExit(f"{flag}: a group of anomalies cannot be called {path.name}; rename the folder.")
-        files = walk(path)
+        files = [f for f in walk(path, suffixes=SCANS) if f.suffix or is_dicom(f)]
         if not files:
-            raise SystemExit(f"{flag}: no image below {path}; looked for {', '.join(sorted(SUFFIXES))}.")
+            raise SystemExit(f"{flag}: no image below {path}; looked for {' '.join(sorted(SCANS)).strip()}.")
         items += [Item(f.relative_to(root).as_posix(), label, path.name, f) for f in files]
         folders.append(path)
     for one, other in itertools.permutations(folders, 2):
@@ -97,12 +220,48 @@ def plain_items(root, normal, anomalous):
     return items
 
 
-def targets(items, root):
-    """Where each image goes: {"train/normal/a.png": "healthy/a.png", ...}, from names below root.
+def split(items, share, group_by, looks):
+    """`split_items`, but images of one group on one side; those of groups with an anomaly are to test on.
 
-    Of names that clash each gets its folders in front.
+    group_by: a regular expression that finds the group in a name; None: DICOM's PatientID, if there is any.
+    """
+    def group_of(item):
+        if group_by:
+            match = re.search(group_by, item.name)
+            return match and (match[1] if match.groups() else match[0])
+        return looks[item.source].patient
+
+    groups = [group_of(item) for item in items]
+    if not any(groups):
+        if group_by:
+            raise SystemExit(f"--group-by {group_by}: found in no name, such as {items[0].name}.")
+        return split_items(items, share)
+    if alone := [i.name for i, g in zip(items, groups, strict=True) if not g]:
+        raise SystemExit(f"{len(alone)} of {len(items)} images have no group, the first is {alone[0]}: see "
+                         "--group-by.")
+    ill = {g for i, g in zip(items, groups, strict=True) if i.label}
+    pairs = sorted(((i, g) for i, g in zip(items, groups, strict=True)), key=lambda pair: pair[0].name)
+    well = [(i, g) for i, g in pairs if g not in ill]
+    if len({g for _, g in well}) < 2:
+        raise SystemExit(f"{len({g for _, g in well})} groups without anomalies are too few to split.")
+    splitter = GroupShuffleSplit(1, test_size=share, random_state=42)
+    chosen, _ = next(splitter.split(well, groups=[g for _, g in well]))
+    known = {well[i][1] for i in chosen}
+    print(f"{len(set(groups))} groups, {len(known)} of them to train on")
+    return {"train": [i for i, g in pairs if g in known], "test": [i for i, g in pairs if g not in known]}
+
+
+def targets(items, root, looks, pages):
+    """Where each image goes: {"train/normal/a.png": ("healthy/a.png", page), ...}, from names below root.
+
+    page: which one becomes a PNG; None where the file is copied. Of names that clash each gets its folders in
+    front. pages: "first" or "all" of several; exits where that isn't said.
     """
     groups, plan = {}, {}
+    several = [i for every in items.values() for i in every if looks[i.source].pages > 1]
+    if several and not pages:
+        raise SystemExit(f"{len(several)} files have several pages, the first is {several[0].name}: say "
+                         "--pages first, or --pages all.")
     for split, every in items.items():
         for item in every:
             groups.setdefault(f"{split}/{item.group if item.label else 'normal'}", []).append(item)
@@ -111,13 +270,23 @@ def targets(items, root):
         taken = Counter(name.lower() for name in names)                     # some systems ignore the case
         taken.update({i.name.split("/")[0].lower() for i in every})         # the folders in front count, too
         for name, item in zip(names, every, strict=True):
-            plan[f"{folder}/{name if taken[name.lower()] == 1 else item.name}"] = \
-                item.source.relative_to(root).as_posix()
+            target = f"{folder}/{name if taken[name.lower()] == 1 else item.name}"
+            source, seen = item.source.relative_to(root).as_posix(), looks[item.source]
+            if not seen.convert:
+                plan[target] = source, None
+            elif seen.pages == 1 or pages == "first":
+                plan[f"{target}.png"] = source, 0
+            else:
+                plan |= {f"{target}-{page:04d}.png": (source, page) for page in range(seen.pages)}
     return plan
 
 
-def there(target, source):
-    return target.is_file() and target.stat().st_size == source.stat().st_size
+def there(target, source, page):
+    """Is a target made already? A copy has the source's size; what was converted is newer."""
+    if not target.is_file():
+        return False
+    new, old = target.stat(), source.stat()
+    return new.st_size == old.st_size if page is None else new.st_mtime >= old.st_mtime
 
 
 def foreign(folder, plan):
@@ -128,47 +297,70 @@ def foreign(folder, plan):
     return next((f for f in files if f.removesuffix(".tmp") not in known), None)
 
 
-def copy(source, target):
-    """Copy an image as it is, if it is not there yet. Returns why it cannot be read, or None."""
-    if not there(target, source):
-        try:
-            decode(source, 8)
-        except SystemExit as stop:
-            return str(stop).partition(": repair or remove it")[0]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with whole(target) as temporary:
-            shutil.copyfile(source, temporary)
-    return None
+def make(source, page, target, window):
+    """Copy an image as it is, or write its page as 8-bit PNG, if that is not there yet.
+
+    Returns the digest of its pixels, or why it cannot be read.
+    """
+    try:
+        if not there(target, source, page):
+            if page is None:
+                digest = decode(source, 8)[1]
+            else:
+                image = Image.fromarray(to_8_bit(page_of(source, page), window))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with whole(target) as temporary:
+                if page is None:
+                    shutil.copyfile(source, temporary)
+                    return digest
+                image.save(temporary, format="PNG")
+        return decode(target, 8)[1]
+    except SystemExit as stop:
+        return str(stop).partition(": repair or remove it")[0]
 
 
-def copy_all(plan, root, part):
-    """Copy all images into part, in parallel. Returns those that cannot be read: {name below root: why}."""
-    left_out = {}
+def make_all(plan, root, part, window):
+    """Make all images in part, in parallel: {target: digest}, and {target: why it cannot be read}."""
     with ThreadPoolExecutor() as pool:
-        reasons = pool.map(lambda target: copy(root / plan[target], part / target), plan)
-        bar = tqdm(reasons, "copying", len(plan), unit="image", disable=None, leave=False)
-        for name, why in zip(plan.values(), bar, strict=True):
-            if why:
-                left_out[name] = why.replace(f"{root}{os.sep}", "")         # no paths of this machine
-    return left_out
+        done = pool.map(lambda t: make(root / plan[t][0], plan[t][1], part / t, window), plan)
+        bar = tqdm(done, "writing", len(plan), unit="image", disable=None, leave=False)
+        found = dict(zip(plan, bar, strict=True))
+    wrong = {k: v.replace(f"{root}{os.sep}", "") for k, v in found.items() if isinstance(v, str)}
+    return {k: v for k, v in found.items() if k not in wrong}, wrong        # no paths of this machine
 
 
-def note(plan, root, left_out, name):
-    """What prepared.json says."""
-    counts = Counter("/".join(target.split("/")[:2]) for target in plan if plan[target] not in left_out)
-    return {"set": name, "source": root.name, "counts": counts, "left_out": left_out,
-            "defaults": DEFAULTS.get(name, {})}
+def copies(digests):
+    """{target: why} of training images that are in test as well, or a second time in training."""
+    first = {}
+    for target in sorted(digests, key=lambda t: (not t.startswith("test/"), t)):
+        first.setdefault(digests[target], target)
+    return {t: f"the same image as {first[d]}" for t, d in digests.items()
+            if t.startswith("train/") and first[d] != t}
 
 
-def is_prepared(out, plan, root, name):
+def named(plan, target):
+    """How a target's source is called: its name, with the page where there are several."""
+    source, page = plan[target]
+    return f"{source}, page {page}" if page else source
+
+
+def note(plan, root, left_out, args, window):
+    """What prepared.json says. left_out: {source: why}."""
+    counts = Counter("/".join(t.split("/")[:2]) for t in plan if named(plan, t) not in left_out)
+    return {"set": args.set, "source": root.name, "counts": counts, "left_out": left_out, "window": window,
+            "defaults": DEFAULTS.get(args.set, {})}
+
+
+def is_prepared(out, plan, root, args):
     """True if OUT is what this command makes, False if nothing is there. Exits if it holds other things."""
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return False
     try:
         says = json.loads((out / "prepared.json").read_text())
-        made = {target: source for target, source in plan.items() if source not in says["left_out"]}
-        if says == note(plan, root, says["left_out"], name) and not foreign(out, made) and all(
-                there(out / target, root / source) for target, source in made.items()):
+        made = {t: plan[t] for t in plan if named(plan, t) not in says["left_out"]}
+        same = says == note(plan, root, says["left_out"], args, args.window or says["window"])
+        if same and not foreign(out, made) and all(
+                there(out / target, root / source, page) for target, (source, page) in made.items()):
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass                                                                # no prepared.json of ours
@@ -187,9 +379,16 @@ def arguments():
     parser.add_argument("--anomaly", nargs="+", metavar="FOLDER", help="folders of anomalies, below SOURCE")
     parser.add_argument("--test-share", type=number(float, above=0, high=0.75),
                         help="share of the normals to test on (default: 0.25)")
+    parser.add_argument("--group-by", metavar="REGEX", help="what in a file's name (below SOURCE) tells a "
+                        "patient or a part: its images stay on one side, those with an anomaly to test on")
+    parser.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="values that become "
+                        "black and white in scans of more than 8 bits, for example -1000 400")
+    parser.add_argument("--pages", choices=["first", "all"], help="which pages of files that have several")
     args = parser.parse_args()
-    if args.set and (args.anomaly or args.test_share):
-        parser.error("--anomaly and --test-share go with --normal; a --set brings its own")
+    if args.set and (args.anomaly or args.test_share or args.group_by):
+        parser.error("--anomaly, --test-share and --group-by go with --normal; a --set brings its own")
+    if args.window and args.window[0] >= args.window[1]:
+        parser.error(f"--window {args.window[0]:g} {args.window[1]:g}: needs LOW below HIGH")
     return args
 
 
@@ -198,17 +397,41 @@ def main():
     root, out = (Path(os.path.abspath(Path(p).expanduser())) for p in (args.source, args.out))
     if out.resolve().is_relative_to(root.resolve()):
         raise SystemExit(f"OUT {out} lies in SOURCE {root}: choose an OUT elsewhere.")
-    plan = targets(set_items(root, args.set) if args.set else split_items(
-        plain_items(root, args.normal, args.anomaly or []), args.test_share or 0.25), root)
-    part, done = out.with_name(f"{out.name}.part"), is_prepared(out, plan, root, args.set)
+    if args.set:
+        items = set_items(root, args.set)
+        every = [item for split in items.values() for item in split]
+    else:
+        every = plain_items(root, args.normal, args.anomaly or [])
+    sources = [item.source for item in every]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(look, sources)
+        bar = tqdm(found, "reading headers", len(sources), unit="image", disable=None, leave=False)
+        looks = dict(zip(sources, bar, strict=True))
+    unread = {i.name: looks[i.source].replace(f"{root}{os.sep}", "") for i in every
+              if isinstance(looks[i.source], str)}
+    if not args.set:
+        read = [i for i in every if i.name not in unread]
+        if all(i.label for i in read):
+            raise SystemExit(f"{root}: no image to train on can be read.")
+        items = split(read, args.test_share or 0.25, args.group_by, looks)
+    items = {k: [i for i in v if i.name not in unread] for k, v in items.items()}
+    plan = targets(items, root, looks, args.pages)
+    part, done = out.with_name(f"{out.name}.part"), is_prepared(out, plan, root, args)
     if not done:
         if wrong := foreign(part, plan):
             raise SystemExit(f"{part} holds {wrong}, which this command does not make; remove it, or choose "
                              "another OUT.")
-        left_out = copy_all(plan, root, part)
+        scans = {t: (root / source, page) for t, (source, page) in plan.items() if page is not None}
+        train = [scan for t, scan in scans.items() if t.startswith("train/")]
+        window = args.window or window_of(train or scans.values())
+        digests, wrong = make_all(plan, root, part, window)
+        same = copies(digests)
+        for target in same:
+            (part / target).unlink()
+        left_out = unread | {named(plan, t): why for t, why in (wrong | same).items()}
         for name, why in left_out.items():
             print(f"left out: {name}: {why}")
-        says = note(plan, root, left_out, args.set)
+        says = note(plan, root, left_out, args, window if scans else None)
         if not says["counts"]["train/normal"]:
             raise SystemExit(f"{root}: no image to train on can be read.")
         with whole(part / "prepared.json") as temporary:
@@ -217,6 +440,8 @@ def main():
             out.rmdir()                                                     # an empty folder
         part.rename(out)
     says = json.loads((out / "prepared.json").read_text())
+    if says["window"]:
+        print("values from {:g} to {:g} are black to white".format(*says["window"]))
     print(f"{out} {'was prepared before' if done else 'is prepared'}: "
           f"{', '.join(f'{folder} {n:,}' for folder, n in says['counts'].items())}; "
           f"{len(says['left_out'])} left out. Use it as --data {args.out}")

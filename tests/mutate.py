@@ -21,6 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from dia_lib import decode, npz_items
+from extras.prepare import look, page_of, to_8_bit
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "bmp": "BMP", "tif": "TIFF", "webp": "WEBP", "pgm": "PPM"}
 
@@ -38,6 +39,16 @@ def originals():
                 yield f"{image.mode.replace(';', '')}.{suffix}", file.getvalue()
             except (OSError, ValueError):
                 pass                                        # a mode that this format does not have
+    for values in (grey.astype(np.int32) - 99, grey.astype(np.uint16) + 30000, grey.astype(np.float32)):
+        pages = [Image.fromarray(values), Image.fromarray(values)]
+        pages[0].save(file := io.BytesIO(), "TIFF", save_all=True, append_images=pages[1:])
+        yield f"{values.dtype}-pages.tif", file.getvalue()
+    try:
+        from pydicom import examples
+    except ImportError:
+        examples = None
+    for name in ("ct", "mr", "overlay") if examples else ():                # files that pydicom ships
+        yield f"{name}.dcm", examples.get_path(name).read_bytes()
     arrays = {"images": grey[:36].reshape(6, 15, 20), "labels": (np.arange(6) % 2).astype(np.uint8)}
     for save in (np.savez, np.savez_compressed):
         save(file := io.BytesIO(),
@@ -92,6 +103,10 @@ def read(path):
         if path.suffix == ".npz":
             splits = npz_items(path, ("train", "test"), 0)
             sources = [item.source for items in splits.values() for item in items]
+        else:
+            seen = look(path)                                               # as extras.prepare does
+            if not isinstance(seen, str) and seen.convert:
+                sources = [to_8_bit(page_of(path, seen.pages - 1), (-100, 300))]
         for source in sources:
             image = decode(source, 32)[0]
             if image.dtype != np.uint8 or image.shape[0] not in (1, 3) or image.shape[1:] != (32, 32):

@@ -1,6 +1,8 @@
 """Data: layouts, formats, splits, held-out normals, and the sentences for what is wrong."""
 
 import json
+import os
+import re
 import shutil
 from collections import Counter
 
@@ -11,6 +13,7 @@ import torch
 from conftest import texture
 from PIL import Image
 
+import dia_lib
 from dia_lib import decode, load_data, to_float
 
 
@@ -72,7 +75,8 @@ def test_elpv_has_the_counts_of_the_literature(elpv):
     assert train.dtype == elpv.test.dtype == torch.uint8 and elpv.labels.sum() == 715
     normal_groups = Counter(g for g, y in zip(elpv.groups, elpv.labels, strict=True) if y == 0)
     assert normal_groups == {"mono": 134, "poly": 243}
-    assert elpv.defaults == {"shift": "perm", "t_range": [30, 130], "image_size": 224} and elpv.name == "elpv"
+    assert elpv.defaults == {"shift": "perm", "t_range": [30, 130], "image_size": 224, "window": None}
+    assert elpv.name == "elpv"
     assert elpv.paths == sorted(elpv.paths) and len(set(elpv.paths)) == 1092
     assert 80 < len(elpv.held) < 150 and 0.35 < elpv.calibration.float().mean() < 0.65
 
@@ -238,10 +242,10 @@ def test_imagefolder_layout_nested_linked_and_mixed(tmp_path):
 
 
 def test_modes_and_formats_decode_to_what_they_show(tmp_path):
-    """Exactly where the format is lossless; 16 bits by their full range; without transparency; EXIF turns."""
+    """Exactly where the format is lossless; 16 bits by their full range; on black where transparent; EXIF."""
     grey = texture(np.random.default_rng(0), 40)
     rgb = np.stack([grey, grey // 2, 255 - grey], 2)
-    image, alpha = Image.fromarray(rgb), np.full_like(grey, 90)
+    image, alpha = Image.fromarray(rgb), np.where(grey > 140, 90, 255).astype(np.uint8)
     exact, near = tmp_path / "exact", tmp_path / "near"
     for suffix in ("png", "bmp", "tif", "ppm"):
         save(exact / f"rgb.{suffix}", rgb)
@@ -265,7 +269,8 @@ def test_modes_and_formats_decode_to_what_they_show(tmp_path):
     image.save(near / "lossy.webp", quality=95)
     for file in sorted(exact.iterdir()):
         shown = np.broadcast_to(grey, (1, 40, 40)) if file.name.startswith("grey") else rgb.transpose(2, 0, 1)
-        assert np.array_equal(decode(file, 40)[0], shown), file.name
+        over = alpha if file.stem in ("rgba", "greya") else 255
+        assert abs(decode(file, 40)[0] - shown * (over / 255)).max() <= (over is alpha), file.name
     for file in sorted(near.iterdir()):
         error = decode(file, 40)[0] - rgb.transpose(2, 0, 1).astype(int)
         assert error.shape == (3, 40, 40) and abs(error).mean() < 12, file.name
@@ -366,9 +371,10 @@ def test_wrong_folders(tmp_path, folder):
     for name in ("cats", "dogs", "good", "normal"):
         save(tmp_path / "train" / name / "0.png", texture(np.random.default_rng(0), 20))
     assert "several candidates" in sentence(str(tmp_path)) and "--normal-class" in sentence(str(tmp_path))
-    assert "no candidates" in sentence(str(tmp_path), normal_class="horses")
+    assert "horses: no such folder" in sentence(str(tmp_path), normal_class="horses")
+    assert "found cats, dogs, good" in sentence(str(tmp_path), normal_class="Good")
     assert len(load_data(str(tmp_path), 16, ("train",), 0, "dogs").train) == 1
-    assert "no test images" in sentence(str(tmp_path), normal_class="dogs")
+    assert len(load_data(str(tmp_path), 16, normal_class="dogs").test) == 0
     assert "leaves none of 40 images" in sentence(str(folder), 16, ("train",), holdout=0.9999999)
 
 
@@ -427,3 +433,139 @@ def test_the_mutator_finds_what_is_wrong(tmp_path, monkeypatch):
     found = mutate.hunt(tmp_path, 100)
     assert found and all("KeyError" in wrong for _, wrong in found if not wrong.startswith("\n"))
     assert (tmp_path / found[0][0]).exists()
+
+
+# What is found ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A function: makes a set of 30 training normals, 8 test normals and 4 anomalies, 16 px."""
+    def make(train=lambda x: x, test=lambda x: x, root=tmp_path / "set"):
+        for split, group, n in (("train", "good", 30), ("test", "good", 8), ("test", "bad", 4)):
+            for i in range(n):
+                pixels = texture(np.random.default_rng((len(split), len(group), i)), 16)
+                save(root / split / group / f"{i:02d}.png", (train if split == "train" else test)(pixels))
+        return root
+    return make
+
+
+def lines(root, **kwargs):
+    return dia_lib.found(load_data(str(root), 16, **{"holdout": 0.2, **kwargs})).splitlines()
+
+
+def test_what_is_found_is_said_line_by_line(tree, tmp_path):
+    first, train, test = lines(tree())
+    n = int(re.search(r"held out (\d+)", train)[1])
+    assert first == "set: 16 px, grey, 8-bit; 0 copies between train and test" and 0 < n < 15
+    assert train.startswith(f"  train: normal {30 - n}; held out {n}, ") and train.endswith("for calibration")
+    assert test == "  test: normal good 8, anomalous bad 4"
+    shutil.rmtree(tmp_path / "set/test")
+    assert lines(tmp_path / "set")[2] == "  test: no images"
+    first, *_ = lines(medmnist(tmp_path / "pneumoniamnist.npz"))                # its val anomalies apart
+    assert first == "pneumoniamnist: 16 px, grey, 8-bit; 0 copies between train and test"
+
+
+def test_images_that_are_in_train_and_test_are_counted_and_named(tree):
+    root = tree()
+    for i in range(5):
+        shutil.copy(root / f"train/good/{i:02d}.png", root / f"test/bad/{i:02d}.png")
+    first, *_, warning = lines(root)
+    assert first.endswith("5 copies between train and test")
+    pairs = ", ".join(f"test/bad/{i:02d}.png = train/good/{i:02d}.png" for i in range(3))
+    assert warning == ("warning: 5 of 13 test images are training images, too; their scores mean nothing: "
+                       f"{pairs}, ...")
+
+
+@pytest.mark.parametrize("changes, warning", [
+    ({"train": lambda x: x * 0 + 7}, "constant: train/good/"),
+    ({"test": lambda x: x * 0 + 7}, "12 of 12 test images are constant: test/bad/00.png, test/bad/01.png"),
+    ({"test": lambda x: np.dstack([x, x // 2, x // 3])}, "0 of {M} training images are in colour, 12 of 12"),
+    ({"train": lambda x: np.dstack([x, x // 2, x])}, "{M} of {M} training images are in colour, 0 of 12"),
+    ({"test": lambda x: x // 4 + 190}, "mean brightness is "),
+    ({"test": lambda x: x.astype(np.uint16) * 257}, "0% of the training images have 16 bits, 100% of"),
+    ({"train": lambda x: x, "test": lambda x: x}, None)])
+def test_what_looks_wrong_is_said(changes, warning, tree):
+    root = tree(**changes)
+    _, train, _, *said = lines(root)
+    M = re.search(r"normal (\d+)", train)[1]
+    assert all(line.startswith("warning: ") for line in said)
+    if warning is None:
+        assert said == []
+    else:
+        assert any(warning.format(M=M) in line for line in said), said
+
+
+def test_what_is_not_read_is_counted(tree):
+    """Masks, images outside the classes' folders, other formats: none of them is trained on or scored."""
+    root = tree()
+    before = load_data(str(root), 16)
+    mask = np.full((16, 16), 255, np.uint8)
+    for name in ("test/ground_truth/bad/00_mask.png", "test/bad/03_mask.png", "test/mask/00.png",
+                 "train/good/masks/0.png", "train/loose.png", "train/bad/0.png"):
+        save(root / name, mask)
+    for name in ("train/good/scan.dcm", "test/bad/film.gif", "train/good/.hidden"):
+        (root / name).write_bytes(b"?")
+    assert same(load_data(str(root), 16), before)
+    assert lines(root)[3] == ("  not read: 1 .dcm in train/good; 1 .gif in test/bad; 1 .png in test/bad; "
+                              "1 .png in test/ground_truth; 1 .png in test/mask; 1 .png in train; 1 .png in "
+                              "train/bad; 1 .png in train/good")
+
+
+def test_mvtec_3d_reads_rgb_alone(tmp_path):
+    for split, group in (("train", "good"), ("test", "good"), ("test", "crack")):
+        for part in ("rgb", "gt", "xyz"):
+            save(tmp_path / "set" / split / group / part / "000.png", texture(np.random.default_rng(0), 16))
+    data = load_data(str(tmp_path / "set"), 16, holdout=0)
+    assert data.paths == ["test/crack/rgb/000.png", "test/good/rgb/000.png"] and len(data.train) == 1
+
+
+def test_names_that_are_not_utf_8_and_jfif_are_read(tree):
+    root = tree()
+    os.rename(root / "test/bad/00.png", os.fsencode(root / "test/bad") + b"/\xff00.png")
+    Image.fromarray(texture(np.random.default_rng(0), 16)).save(root / "test/bad/a.jfif", "JPEG")
+    paths = load_data(str(root), 16).paths
+    assert {"test/bad/?00.png", "test/bad/a.jfif"} <= set(paths) and all(p.encode() for p in paths)
+
+
+def test_classes_that_are_called_differently_are_found_before_training(tree):
+    root = tree()
+    (root / "test/good").rename(root / "test/Good")
+    assert "no folder good, which is the normal class in" in sentence(str(root), 16, ("train",))
+    assert "Is it Good?" in sentence(str(root), 16, ("train",))
+    (root / "test/Good").rename(root / "test/normal")
+    assert "Is it normal?" in sentence(str(root), 16, ("train",))
+    (root / "test/normal").rename(root / "test/fine")                   # it may be a set of anomalies alone
+    assert load_data(str(root), 16).labels.sum() == 12
+
+
+@pytest.mark.parametrize("values, said", [
+    (lambda x: x.astype(np.float32) / 255, "has floating-point values, 0"),
+    (lambda x: x.astype(np.int32) - 1000, "has signed or 32-bit values, -"),
+    (lambda x: x.astype(np.uint16) * 16, "30 images of 16 bits fill only "),
+    (lambda x: x.astype(np.uint16) * 2 + 32000, "30 images of 16 bits fill only ")])
+def test_scans_that_8_bits_would_spoil_are_refused(values, said, tmp_path):
+    for i in range(30):
+        (tmp_path / "train/good").mkdir(parents=True, exist_ok=True)
+        pixels = values(texture(np.random.default_rng(i), 16))
+        Image.fromarray(pixels).save(tmp_path / f"train/good/{i}.tif")
+    told = sentence(str(tmp_path), 16, ("train",))
+    assert said in told and "python -m extras.prepare" in told and "\n" not in told
+
+
+def test_two_levels_of_8_bits_and_the_full_range_of_16_are_read(tree, tmp_path):
+    assert lines(tree(train=lambda x: (x > 128) * np.uint8(255)))[0].startswith("set: 16 px, grey, 8-bit")
+    deep = tree(lambda x: x.astype(np.uint16) * 257, lambda x: x.astype(np.uint16) * 257, tmp_path / "deep")
+    assert lines(deep)[0].startswith("deep: 16 px, grey, 16-bit") and len(lines(deep)) == 3
+
+
+def test_several_pages_are_refused_and_hidden_colours_are_black(tmp_path):
+    first = Image.fromarray(texture(np.random.default_rng(0), 16))
+    first.save(tmp_path / "pages.tif", save_all=True, append_images=[first])
+    with pytest.raises(SystemExit, match="has 2 pages"):
+        decode(tmp_path / "pages.tif", 16)
+    hidden = np.full((16, 16, 4), 200, np.uint8)
+    hidden[..., 3] = np.arange(16)[:, None] // 8 * 255
+    Image.fromarray(hidden).save(tmp_path / "hidden.png")
+    pixels = decode(tmp_path / "hidden.png", 16)[0]
+    assert (pixels[:, :8] == 0).all() and (pixels[:, 8:] == 200).all()

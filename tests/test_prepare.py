@@ -84,7 +84,7 @@ def test_downloads_are_taken_untouched(name, counts, tmp_path):
     assert says["counts"] == {"train/normal": len(data.train), **found} == counts
     assert [g == "normal" for g in data.groups] == [y == 0 for y in data.labels.tolist()]
     assert {k: v for k, v in says.items() if k != "counts"} == {
-        "set": name, "source": "download", "left_out": {},
+        "set": name, "source": "download", "left_out": {}, "window": None,
         "defaults": {"shift": "perm", "t_range": [100, 200]} if name == "kvasir" else {}}
     assert data.defaults == {"shift": "rotate", "t_range": [30, 130], "image_size": 224} | says["defaults"]
     originals = {Path(n).name: content for n, content in before.items()}
@@ -116,7 +116,7 @@ def test_plain_folders_at_any_depth(scans, tmp_path):
     assert len(data.train) == 9 and Counter(data.groups) == {"normal": 3, "tumour": 3, "bleeding": 2}
     assert images(tmp_path / "out") == images(tmp_path / "scans")
     assert json.loads((tmp_path / "out/prepared.json").read_text()) == {
-        "set": None, "source": "scans", "left_out": {}, "defaults": {},
+        "set": None, "source": "scans", "left_out": {}, "window": None, "defaults": {},
         "counts": {"train/normal": 9, "test/normal": 3, "test/tumour": 3, "test/bleeding": 2}}
 
 
@@ -295,3 +295,153 @@ def test_out_inside_source_is_refused(scans, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "scans", target_is_directory=True)
     for out in (tmp_path / "scans/out", tmp_path / "link/deep/out", tmp_path / "scans"):
         assert "lies in SOURCE" in call(prepare, scans[0], out, *scans[2:])
+
+
+# ---- Scans -----------------------------------------------------------------------------------------------
+
+
+def values(i, low=-1000, high=400, side=24):
+    """A scan's values, float64 (side, side): a texture that fills low to high."""
+    pixels = texture(np.random.default_rng(i), side).astype(float)
+    return low + (pixels - pixels.min()) / (pixels.max() - pixels.min()) * (high - low)
+
+
+def tiff(path, *pages):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = (Image.fromarray(page) for page in pages)
+    first.save(path, save_all=True, append_images=others)
+
+
+KINDS = {"float": lambda v: v.astype(np.float32), "signed": lambda v: v.astype(np.int32),
+         "shifted": lambda v: (v + 32768).astype(np.uint16),
+         "12 bits": lambda v: (v + 1000).astype(np.uint16)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [None, (-500, 100)])
+def test_scans_of_more_bits_become_8_bit_images_by_one_window(kind, window, tmp_path, capsys):
+    """LOW..HIGH to 0..255; by default percentiles of the training images; the core refuses the scans."""
+    source, out = tmp_path / "scans", tmp_path / "out"
+    offset = {"shifted": 32768, "12 bits": 1000}.get(kind, 0)
+    for i in range(8):
+        tiff(source / f"well/{i}.tif", KINDS[kind](values(i)))
+    tiff(source / "ill/0.tif", KINDS[kind](values(9, -1000, 1400)))
+    shutil.copytree(source / "well", tmp_path / "plain/train/good")
+    with pytest.raises(SystemExit, match="extras.prepare"):
+        load_data(str(tmp_path / "plain"), 24)
+    flags = ["--window", *(w + offset for w in window)] if window else []
+    assert call(prepare, source, out, "--normal", "well", "--anomaly", "ill", *flags) is None
+    says = json.loads((out / "prepared.json").read_text())
+    low, high = (w - offset for w in says["window"])
+    assert (low, high) == (window or (pytest.approx(-1000, abs=15), pytest.approx(400, abs=15)))
+    assert f"values from {says['window'][0]:g} to" in capsys.readouterr().out
+    made = np.asarray(Image.open(out / "test/ill/0.tif.png")).astype(float)
+    expected = ((values(9, -1000, 1400) - low) / (high - low) * 255).clip(0, 255)
+    assert made.shape == (24, 24) and abs(made - expected).max() <= 1.5 * 255 / (high - low) + 0.51
+    before = contents(out)
+    assert call(prepare, source, out, "--normal", "well", "--anomaly", "ill", *flags) is None
+    assert "was prepared before" in capsys.readouterr().out and contents(out) == before
+    assert len(load_data(str(out), 24, holdout=0).train) == 6
+
+
+def test_pages_have_to_be_asked_for(tmp_path):
+    make(tmp_path / "set", *(f"well/{i}.png" for i in range(4)))
+    tiff(tmp_path / "set/ill/scan.tif", *(texture(np.random.default_rng(i), 24) for i in range(20, 23)))
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill"]
+    assert "1 files have several pages, the first is ill/scan.tif: say --pages" in call(prepare, *command)
+    assert call(prepare, *command, "--pages", "all") is None
+    for i in range(3):
+        made = Image.open(tmp_path / f"out/test/ill/scan.tif-{i:04d}.png")
+        assert np.array_equal(np.asarray(made), texture(np.random.default_rng(20 + i), 24))
+    command[1] = tmp_path / "first"
+    assert call(prepare, *command, "--pages", "first") is None
+    assert [p.name for p in (tmp_path / "first/test/ill").iterdir()] == ["scan.tif.png"]
+
+
+def test_copies_are_left_out_of_training_and_listed(tmp_path, capsys):
+    """Within training the first name stays; of training and test the one in test."""
+    make(tmp_path / "set", *(f"well/{i}.png" for i in range(12)), "ill/0.png", "ill/1.png")
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill"]
+    names = sorted(f"{i}.png" for i in range(12))
+    train, test = train_test_split(names, test_size=0.25, random_state=42)
+    one, other, third = sorted(train)[:3]
+    shutil.copy(tmp_path / "set/well" / one, tmp_path / "set/well" / other)
+    shutil.copy(tmp_path / "set/well" / test[0], tmp_path / "set/well" / third)
+    assert call(prepare, *command) is None
+    says = json.loads((tmp_path / "out/prepared.json").read_text())
+    assert says["left_out"] == {f"well/{other}": f"the same image as train/normal/{one}",
+                                f"well/{third}": f"the same image as test/normal/{test[0]}"}
+    assert says["counts"] == {"train/normal": 7, "test/normal": 3, "test/ill": 2}
+    assert f"left out: well/{third}: the same image as" in capsys.readouterr().out
+    assert call(prepare, *command) is None and "was prepared before" in capsys.readouterr().out
+
+
+def test_a_patient_is_on_one_side(tmp_path, capsys):
+    """100 patients with four slices each, ten of them with an anomaly in one."""
+    make(tmp_path / "set", *(f"well/p{p:03d}-{s}.png" for p in range(100) for s in range(4) if p >= 10 or s),
+         *(f"ill/p{p:03d}-0.png" for p in range(10)))
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill"]
+    assert call(prepare, *command, "--group-by", r"p(\d+)-") is None
+    sides = {side: {f.name[:4] for f in (tmp_path / "out" / side).rglob("*.png")}
+             for side in ("train", "test")}
+    assert not sides["train"] & sides["test"] and {f"p{p:03d}" for p in range(10)} <= sides["test"]
+    assert len(sides["train"]) == 67 and "100 groups, 67 of them to train on" in capsys.readouterr().out
+    assert sum(json.loads((tmp_path / "out/prepared.json").read_text())["counts"].values()) == 400
+    command[1] = tmp_path / "other"
+    assert "found in no name" in call(prepare, *command, "--group-by", "patient")
+    assert "300 of 400 images have no group" in call(prepare, *command, "--group-by", "p0[0-4].-[01]")
+    assert "too few to split" in call(prepare, *command, "--group-by", "p")
+    assert not (tmp_path / "other").exists()
+
+
+def write_dicom(path, pixels, **header):
+    """A small DICOM file; pixels: int16 or uint16 (H, W) or (frames, H, W)."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = SecondaryCaptureImageStorage
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid()
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.BitsAllocated, ds.BitsStored, ds.HighBit = (
+        1, "MONOCHROME2", 16, 16, 15)
+    ds.PixelRepresentation = int(pixels.dtype.kind == "i")
+    ds.Rows, ds.Columns = pixels.shape[-2:]
+    if pixels.ndim == 3:
+        ds.NumberOfFrames = len(pixels)
+    ds.PixelData = pixels.tobytes()
+    for key, value in header.items():
+        setattr(ds, key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ds.save_as(path, enforce_file_format=True)
+
+
+def test_dicom_files_by_their_header_or_a_window(tmp_path, capsys):
+    """Modality LUT, then the header's window or --window, then MONOCHROME1 inverted; patients on one side."""
+    pytest.importorskip("pydicom")
+    scan = [(values(i) + 1024).astype(np.uint16) for i in range(12)]
+    hounsfield = {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": -300.5, "WindowWidth": 1001}
+    for i in range(10):
+        write_dicom(tmp_path / f"set/well/{i}.dcm", scan[i], PatientID=f"P{i // 2}", **hounsfield)
+    write_dicom(tmp_path / "set/ill/a", scan[10], PatientID="Q", **hounsfield,
+                PhotometricInterpretation="MONOCHROME1")
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill"]
+    assert call(prepare, *command) is None
+    expected = ((scan[10].astype(float) - 1024 + 801) / 1000 * 255).clip(0, 255)
+    made = np.asarray(Image.open(tmp_path / "out/test/ill/a.png")).astype(float)
+    assert abs(made - (255 - expected)).max() <= 1
+    sides = [{int(f.name.split(".")[0]) // 2 for f in (tmp_path / "out" / side / "normal").iterdir()}
+             for side in ("train", "test")]
+    assert not sides[0] & sides[1] and len(sides[0]) == 3
+    assert json.loads((tmp_path / "out/prepared.json").read_text())["window"] is None
+    command[1] = tmp_path / "windowed"
+    assert call(prepare, *command, "--window", -1000, 0) is None
+    made = np.asarray(Image.open(tmp_path / "windowed/test/ill/a.png")).astype(float)
+    assert abs(made - (255 - ((scan[10].astype(float) - 24) / 1000 * 255).clip(0, 255))).max() <= 1
+    (tmp_path / "set/ill/torn.dcm").write_bytes((tmp_path / "set/ill/a").read_bytes()[:100])
+    (tmp_path / "set/ill/cut.dcm").write_bytes((tmp_path / "set/ill/a").read_bytes()[:-500])
+    command[1] = tmp_path / "torn"
+    assert call(prepare, *command) is None
+    left_out = json.loads((tmp_path / "torn/prepared.json").read_text())["left_out"]
+    assert set(left_out) == {"ill/torn.dcm", "ill/cut.dcm"}
+    assert all("cannot be read as DICOM" in why for why in left_out.values())
