@@ -731,8 +731,11 @@ def npz_items(path, splits, normal):
     return items
 
 
-def folder_items(root, splits, normal_class):
-    """MVTec's or ImageFolder's layout: train/<normal>, test/<normal>, test/<anything else>, nested or not."""
+def folder_items(root, splits, normal_class, files_of=None):
+    """MVTec's or ImageFolder's layout: train/<normal>, test/<normal>, test/<anything else>, nested or not.
+
+    files_of: finds the images below a folder; by default `walk`.
+    """
     def below(folder):
         folders = folder.iterdir() if folder.is_dir() else []
         return sorted(p.name for p in folders if p.is_dir() and not p.name.startswith("."))
@@ -740,11 +743,11 @@ def folder_items(root, splits, normal_class):
     def usual(classes):
         return [c for c in classes if re.sub(r"^\d+[_-]?", "", c).lower() in ("good", "normal", "ok")]
 
-    train, test = root / "train", root / "test"
+    train, test, files_of = root / "train", root / "test", files_of or walk
     if not train.is_dir():
         raise SystemExit(f"{root}: no folder train; {TREE}; found {', '.join(below(root)) or 'no folder'}. "
                          "Other layouts: python -m extras.prepare.")
-    classes, groups = ([c for c in below(folder) if walk(folder / c)] for folder in (train, test))
+    classes, groups = ([c for c in below(folder) if files_of(folder / c)] for folder in (train, test))
     normal = usual(classes) if len(classes) > 1 else classes
     if normal_class:
         normal = [c for c in classes if c == normal_class]
@@ -758,10 +761,10 @@ def folder_items(root, splits, normal_class):
     if alike and normal[0] not in groups:
         raise SystemExit(f"{test}: no folder {normal[0]}, which is the normal class in {train}; found "
                          f"{', '.join(groups)}. Is it {alike[0]}? Give both folders the same name.")
-    items = {"train": [Item(name_in(root, f), 0, "", f) for f in walk(train / normal[0])]}
+    items = {"train": [Item(name_in(root, f), 0, "", f) for f in files_of(train / normal[0])]}
     if "test" in splits:
         items["test"] = [Item(name_in(root, f), int(c != normal[0]), c, f)
-                         for c in groups for f in walk(test / c)]
+                         for c in groups for f in files_of(test / c)]
     return items
 
 
@@ -821,6 +824,36 @@ def read_images(items, size, window=None):
     return pixels, digests, deep / max(1, len(items))
 
 
+def stored(image):
+    """What the file of an opened image holds: pages, and "8-bit", "16-bit", "32-bit", "signed" or "float"."""
+    pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1       # MPO: a photo and its preview
+    raw = str(image.tile[0].args) if getattr(image, "tile", None) else ""
+    if image.mode == "F":
+        return pages, "float"
+    if 2 in np.ravel(getattr(image, "tag_v2", {}).get(339, 1)):                 # TIFF's SampleFormat
+        return pages, "signed"
+    if ";32" in raw:
+        return pages, "32-bit"
+    return pages, "16-bit" if image.mode.startswith("I") or ";16" in raw else "8-bit"
+
+
+def values_of(image, kind):
+    """The values of an opened grey image, as its file means them; kind: of `stored`."""
+    values = np.asarray(image)                  # Pillow drops the sign of 8 bits, and gives one to all of 32
+    if kind == "signed" and values.dtype == np.uint8:
+        return values.view(np.int8)
+    return values.view(np.uint32) if kind == "32-bit" else values
+
+
+def to_grey_levels(values, low, high):
+    """Values of any type -> uint8: low and what is below to 0, high and what is above to 255."""
+    values = values.astype(np.float32)
+    values -= low
+    values *= 255 / (high - low)
+    np.nan_to_num(values, copy=False)                                               # not a number: black
+    return np.rint(np.clip(values, 0, 255, out=values), out=values).astype(np.uint8)
+
+
 def decode(source, size, window=None):
     """A path, or an array uint8 (H, W[, 3]) -> pixels uint8 (C, size, size), C = 1 if grey; a digest; levels.
 
@@ -834,22 +867,17 @@ def decode(source, size, window=None):
         image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, {Image.MAX_IMAGE_PIXELS:,} at most")
-        pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+        pages, kind = stored(image)
         if pages > 1:
             raise SystemExit(f"{source} has {pages} pages: which of them? {PREPARE}")
-        raw = str(image.tile[0].args) if getattr(image, "tile", None) else ""           # as it is stored
-        signed = 2 in np.ravel(getattr(image, "tag_v2", {}).get(339, 1)) or ";32" in raw
-        deep = image.mode == "F" or image.mode.startswith("I") or ";16" in raw or signed
         image = ImageOps.exif_transpose(image)
-        if deep and image.mode[:2] != "RG":                                                 # grey
-            values = np.asarray(image.convert("F") if signed else image).astype(np.float64)
-            if window is None and (image.mode == "F" or signed):
-                kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        if kind != "8-bit" and not image.mode.startswith(("RGB", "LA")):                    # grey
+            values = values_of(image, kind)
+            if window is None and kind != "16-bit":
                 raise SystemExit(f"{source} has {kind} values, {values.min():g} to {values.max():g}. "
                                  f"{PREPARE}")
-            low, high = window or (0, 65535)
-            values = (values - low) * 255 / (high - low) if window else values // 257
-            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            values = to_grey_levels(values, *window) if window else np.minimum(values // 257, 255)
+            image = Image.fromarray(values.astype(np.uint8))
         elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -859,7 +887,7 @@ def decode(source, size, window=None):
             image = red
         digest = hashlib.sha256(f"{image.size}".encode())
         digest.update(image.tobytes())
-        levels = np.bincount(np.asarray(image).ravel(), minlength=256) > 0 if deep else None
+        levels = np.bincount(np.asarray(image).ravel(), minlength=256) > 0 if kind != "8-bit" else None
         image = image.resize((size, size), Image.Resampling.BILINEAR)   # as it is where the size is the same
     except (OSError, ValueError, TypeError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         raise SystemExit(f"{source} cannot be read as an image ({str(error) or 'too little memory'}): repair "

@@ -10,7 +10,7 @@ RUN/predict.pt; later ones do not.
 
     from extras.predict import load_images, load_run            # the same from Python
     run = load_run("runs/lungs")
-    images, paths, digests = load_images("new_scans", run.settings["image_size"], run.settings["window"])
+    images, paths, digests = load_images("new_scans", run.settings["image_size"], run.settings.get("window"))
     scores, p = run.score(images)                               # (n,) and (n,)
 """
 
@@ -27,10 +27,10 @@ from scipy.stats import binomtest
 
 from dia_lib import (
     Encoder, Item, autocast, csi_parts, embed, load_checkpoint, load_encoder, make_parser, name_in, number,
-    pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, to_float, walk, whole,
+    pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, to_float, whole,
 )
 from evaluate import auroc_interval, data_of, remembered, training_stats, weights_of
-from extras.prepare import SCANS, is_dicom, look, page_of, to_8_bit
+from extras.prepare import SCANS, is_dicom, look, page_of, scans, to_8_bit
 
 SCORES = ("csi", "cos", "local")        # the paper's; its cosine alone; nearest neighbour of local features
 
@@ -69,7 +69,7 @@ def load_images(folder, size, window=None):
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise SystemExit(f"{folder}: no such folder.")
-    files = [f for f in walk(root, suffixes=SCANS) if f.suffix or is_dicom(f)]
+    files = scans(root)
     suffixes = " ".join(sorted(SCANS)).strip()
     if not files:
         raise SystemExit(f"{folder}: no image below it; looked for {suffixes}.")
@@ -159,6 +159,8 @@ class Run:
     def parts(self, images, scores=SCORES, name=None):
         """{score: (n,) tensor} of images (n, C, H, W) uint8. name: of a progress bar."""
         found = {}
+        if not len(images):
+            return dict.fromkeys(scores, torch.empty(0))
         if len({"csi", "cos"} & set(scores)):
             shift = self.settings["shift"]
             z, logits = embed(self.encoder, images, shift, self.passes, self.device, self.batch, name)
@@ -200,8 +202,7 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
         stats = training_stats(out, state, encoder, data, passes, device, batch)
         run.known = {**{k: stats[k] for k in ("axis", "w", "v")}, "train": data.digests["train"],
                      "held": data.digests["held"], "local": local_fit(encoder, data.train, device, batch)}
-        mine = data.held[data.calibration]
-        run.known["calibration"] = run.parts(mine) if len(mine) else dict.fromkeys(SCORES, torch.empty(0))
+        run.known["calibration"] = run.parts(data.held[data.calibration])
         save_checkpoint(out / "predict.pt", "predict", key, run.known)
     return run
 
@@ -312,7 +313,7 @@ def main():
     out, device, data = Path(args.run), pick_device(args.device), None
     settings = load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"]
     if args.images:
-        found = load_images(args.images, settings["image_size"], settings["window"])        # mistakes first
+        found = load_images(args.images, settings["image_size"], settings.get("window"))    # mistakes first
     if args.test or args.data:
         data = data_of(settings, out, ("train", "test")[:1 + args.test], args.data, args.normal_class)
     if args.test and len(set(data.labels.tolist())) != 2:

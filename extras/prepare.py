@@ -3,9 +3,11 @@
     python -m extras.prepare ~/Downloads/kvasir data/kvasir --set kvasir
     python -m extras.prepare scans data/scans --normal healthy --anomaly tumour bleeding
     python -m extras.prepare ct data/ct --normal healthy --anomaly nodule --window -1000 400
+    python -m extras.prepare split data/split           # has train/ and test/ already: they stay as they are
 
-Writes OUT/train/normal, OUT/test/normal, OUT/test/<group> for each group of anomalies, and
-OUT/prepared.json (what it was made of, counts, images left out and why, window, defaults of the scripts).
+Writes OUT/train/normal, OUT/test/normal, OUT/test/<group> for each group of anomalies (OUT/train/<group>
+where SOURCE/train has some), and OUT/prepared.json: what it was made of, counts, what was left out and why,
+window, defaults of the scripts.
 8-bit images are copied as they are. Scans of more bits and DICOM files (pip install pydicom) become PNG of 8
 bits: LOW..HIGH of --window turns into 0..255; without it the window in a DICOM file's header, or else the 0.1
 to 99.9 percentile of the training images. Copies of an image within training, or in training and test, are
@@ -30,7 +32,10 @@ from PIL import Image
 from sklearn.model_selection import GroupShuffleSplit
 from tqdm import tqdm
 
-from dia_lib import SUFFIXES, Item, decode, folder_items, number, run, split_items, walk, whole
+from dia_lib import (
+    SUFFIXES, Item, decode, folder_items, name_in, number, run, split_items, stored, to_grey_levels,
+    values_of, walk, whole,
+)
 
 # Where a set comes from; what its download holds; folders of normals, of anomalies, where these say it all
 SETS = {
@@ -60,6 +65,11 @@ def is_dicom(path):
         return file.read(132)[128:] == b"DICM"
 
 
+def unreadable(path, error, kind="as an image"):
+    """What to raise for a file that cannot be read: one sentence, of one line."""
+    return SystemExit(f"{path} cannot be read {kind} ({' '.join(str(error).split())})")
+
+
 def dicom(path, **how):
     """A DICOM file, read by pydicom; exits with a sentence where it is not installed or cannot read it."""
     try:
@@ -69,7 +79,7 @@ def dicom(path, **how):
     try:
         return pydicom.dcmread(path, **how)
     except Exception as error:                          # it raises many types for files that are torn
-        raise SystemExit(f"{path} cannot be read as DICOM ({error})") from None
+        raise unreadable(path, error, "as DICOM") from None
 
 
 def look(path):
@@ -79,15 +89,12 @@ def look(path):
             header = dicom(path, stop_before_pixels=True)
             return Look(int(header.get("NumberOfFrames") or 1), True, str(header.get("PatientID") or ""))
         with Image.open(path) as image:
-            pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-            stored = str(image.tile[0].args) if image.tile else ""
-            signed = 2 in np.ravel(getattr(image, "tag_v2", {}).get(339, 1))
-            deep = image.mode == "F" or image.mode.startswith("I") or ";16" in stored or signed
-            return Look(pages, deep or pages > 1, "")
+            pages, kind = stored(image)
+            return Look(pages, kind != "8-bit" or pages > 1, "")
     except SystemExit as stop:
         return str(stop)
     except Exception as error:                          # Pillow raises many types for files that are torn
-        return f"cannot be read as an image ({error})"
+        return unreadable(path, error).code
 
 
 def page_of(path, number):
@@ -101,22 +108,29 @@ def page_of(path, number):
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.seek(number)
-            if image.tile and ";16" in str(image.tile[0].args) and image.mode.startswith("RGB"):
-                raise ValueError("colour of 16 bits")
-            grey = image.mode in ("F", "L") or image.mode.startswith("I")
-            return Page(np.array(image if grey else image.convert("RGB")), None, False)
+            kind = stored(image)[1]
+            if image.mode in ("F", "L") or image.mode.startswith("I"):
+                return Page(np.array(values_of(image, kind)), None, False)
+            if kind != "8-bit":
+                raise ValueError("colours of 16 bits: make it grey, or 8-bit")
+            return Page(np.array(image.convert("RGB")), None, False)
     except Exception as error:
-        raise SystemExit(f"{path} cannot be read as an image ({error})") from None
+        raise unreadable(path, error) from None
 
 
 def dicom_page(path, number):
     """`page_of` a DICOM file, after its Modality LUT."""
     header = dicom(path)
     try:
-        from pydicom.pixels import apply_modality_lut, pixel_array
+        from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
         pixels = pixel_array(header, index=number)
+        if header.get("PhotometricInterpretation") == "PALETTE COLOR":
+            pixels = apply_color_lut(pixels, header)[..., :3]
+            pixels = (pixels >> 8 * (pixels.dtype.itemsize - 1)).astype(np.uint8)
+        if pixels.ndim == 3 and pixels.dtype != np.uint8:
+            raise ValueError("colours of 16 bits: make it grey, or 8-bit")
         if pixels.ndim == 3:
-            return Page(pixels.astype(np.uint8), None, False)
+            return Page(pixels, None, False)
         values, window = apply_modality_lut(pixels, header).astype(np.float64), None
         if header.get("WindowWidth"):
             centre, width = (float(np.ravel(header.get(k))[0]) for k in ("WindowCenter", "WindowWidth"))
@@ -125,7 +139,7 @@ def dicom_page(path, number):
             window = centre - width / 2, centre + max(width, 1e-6) / 2
         return Page(values, window, header.get("PhotometricInterpretation") == "MONOCHROME1")
     except Exception as error:                          # among them that a decoder is not installed
-        raise SystemExit(f"{path} cannot be read as DICOM ({error})") from None
+        raise unreadable(path, error, "as DICOM") from None
 
 
 def to_8_bit(page, window):
@@ -135,9 +149,7 @@ def to_8_bit(page, window):
     """
     pixels = page.pixels
     if pixels.dtype != np.uint8:
-        low, high = window or page.window
-        pixels = (pixels.astype(np.float64) - low) * (255 / (high - low))
-        pixels = pixels.clip(0, 255).round().astype(np.uint8)
+        pixels = to_grey_levels(pixels, *window or page.window)
     return 255 - pixels if page.invert else pixels
 
 
@@ -152,8 +164,9 @@ def window_of(pages):
         except SystemExit:
             continue                                                        # it will be left out, and told
         if page.window is None and page.pixels.dtype != np.uint8:
-            values.append(page.pixels.ravel()[::max(1, page.pixels.size // 10_000)].astype(np.float64))
-    if not values:
+            some = page.pixels.ravel()[::max(1, page.pixels.size // 10_000)].astype(np.float64)
+            values.append(some[np.isfinite(some)])
+    if not sum(map(len, values)):
         return None
     low, high = np.percentile(np.concatenate(values), [0.1, 99.9]).tolist()
     return [low, high if high > low else low + 1]
@@ -199,6 +212,20 @@ def graded_items(root):
             for code, grade in grades.items()]
 
 
+def scans(folder):
+    """All images and scans below a folder."""
+    return [f for f in walk(folder, suffixes=SCANS) if f.suffix or is_dicom(f)]
+
+
+def layout_items(root, normal_class):
+    """Items of a folder with train/ and test/, by split; anomalies in train/ stay there."""
+    items = folder_items(root, ("train", "test"), normal_class, scans)
+    normal = items["train"][0].name.split("/")[1]
+    others = [g for g in sorted((root / "train").iterdir()) if g.is_dir() and g.name != normal]
+    items["train"] += [Item(name_in(root, f), 1, group.name, f) for group in others for f in scans(group)]
+    return items
+
+
 def plain_items(root, normal, anomalous):
     """All images below folders of normals and of anomalies, which name the groups. root: absolute."""
     items, folders = [], []
@@ -209,10 +236,10 @@ def plain_items(root, normal, anomalous):
             raise SystemExit(f"{flag}: no such folder below {root}; found: {listing(root)}.")
         if label and path.name.lower() == "normal":
             raise SystemExit(f"{flag}: a group of anomalies cannot be called {path.name}; rename the folder.")
-        files = [f for f in walk(path, suffixes=SCANS) if f.suffix or is_dicom(f)]
+        files = scans(path)
         if not files:
             raise SystemExit(f"{flag}: no image below {path}; looked for {' '.join(sorted(SCANS)).strip()}.")
-        items += [Item(f.relative_to(root).as_posix(), label, path.name, f) for f in files]
+        items += [Item(name_in(root, f), label, path.name, f) for f in files]
         folders.append(path)
     for one, other in itertools.permutations(folders, 2):
         if one.is_relative_to(other):
@@ -243,7 +270,8 @@ def split(items, share, group_by, looks):
     pairs = sorted(((i, g) for i, g in zip(items, groups, strict=True)), key=lambda pair: pair[0].name)
     well = [(i, g) for i, g in pairs if g not in ill]
     if len({g for _, g in well}) < 2:
-        raise SystemExit(f"{len({g for _, g in well})} groups without anomalies are too few to split.")
+        raise SystemExit(f"{len({g for _, g in well})} groups or patients without anomalies are too few to "
+                         "split. --group-by REGEX finds them in the names; '.*' makes each file one.")
     splitter = GroupShuffleSplit(1, test_size=share, random_state=42)
     chosen, _ = next(splitter.split(well, groups=[g for _, g in well]))
     known = {well[i][1] for i in chosen}
@@ -251,8 +279,8 @@ def split(items, share, group_by, looks):
     return {"train": [i for i, g in pairs if g in known], "test": [i for i, g in pairs if g not in known]}
 
 
-def targets(items, root, looks, pages):
-    """Where each image goes: {"train/normal/a.png": ("healthy/a.png", page), ...}, from names below root.
+def targets(items, looks, pages):
+    """Where each image goes: {"train/normal/a.png": (item, page), ...}.
 
     page: which one becomes a PNG; None where the file is copied. Of names that clash each gets its folders in
     front. pages: "first" or "all" of several; exits where that isn't said.
@@ -266,18 +294,20 @@ def targets(items, root, looks, pages):
         for item in every:
             groups.setdefault(f"{split}/{item.group if item.label else 'normal'}", []).append(item)
     for folder, every in groups.items():
-        names = [Path(i.name).name for i in every]
+        names = [Path(i.name).name + ".png" * looks[i.source].convert for i in every]
         taken = Counter(name.lower() for name in names)                     # some systems ignore the case
         taken.update({i.name.split("/")[0].lower() for i in every})         # the folders in front count, too
         for name, item in zip(names, every, strict=True):
-            target = f"{folder}/{name if taken[name.lower()] == 1 else item.name}"
-            source, seen = item.source.relative_to(root).as_posix(), looks[item.source]
-            if not seen.convert:
-                plan[target] = source, None
-            elif seen.pages == 1 or pages == "first":
-                plan[f"{target}.png"] = source, 0
+            seen, above = looks[item.source], f"{folder}/{item.name.rpartition('/')[0]}"
+            target = f"{folder if taken[name.lower()] == 1 else above}/{name}"
+            if seen.pages == 1 or pages == "first":
+                made = {target: (item, 0 if seen.convert else None)}
             else:
-                plan |= {f"{target}-{page:04d}.png": (source, page) for page in range(seen.pages)}
+                made = {f"{target.removesuffix('.png')}-{page:04d}.png": (item, page)
+                        for page in range(seen.pages)}
+            if clash := plan.keys() & made.keys():
+                raise SystemExit(f"{item.name} and another file would both become {clash.pop()}: rename one.")
+            plan |= made
     return plan
 
 
@@ -297,11 +327,22 @@ def foreign(folder, plan):
     return next((f for f in files if f.removesuffix(".tmp") not in known), None)
 
 
-def make(source, page, target, window):
+def begin(part, window):
+    """Note in part by which window its images are made; what a stopped command made by another one goes."""
+    file = part / "prepared.json"
+    if file.is_file() and json.loads(file.read_text()).get("window") != window:
+        shutil.rmtree(part)
+    part.mkdir(parents=True, exist_ok=True)
+    with whole(file) as temporary:
+        temporary.write_text(json.dumps({"window": window}))
+
+
+def make(item, page, target, window):
     """Copy an image as it is, or write its page as 8-bit PNG, if that is not there yet.
 
     Returns the digest of its pixels, or why it cannot be read.
     """
+    source = item.source
     try:
         if not there(target, source, page):
             if page is None:
@@ -319,14 +360,14 @@ def make(source, page, target, window):
         return str(stop).partition(": repair or remove it")[0]
 
 
-def make_all(plan, root, part, window):
+def make_all(plan, part, window):
     """Make all images in part, in parallel: {target: digest}, and {target: why it cannot be read}."""
     with ThreadPoolExecutor() as pool:
-        done = pool.map(lambda t: make(root / plan[t][0], plan[t][1], part / t, window), plan)
+        done = pool.map(lambda target: make(*plan[target], part / target, window), plan)
         bar = tqdm(done, "writing", len(plan), unit="image", disable=None, leave=False)
         found = dict(zip(plan, bar, strict=True))
-    wrong = {k: v.replace(f"{root}{os.sep}", "") for k, v in found.items() if isinstance(v, str)}
-    return {k: v for k, v in found.items() if k not in wrong}, wrong        # no paths of this machine
+    return ({k: v for k, v in found.items() if not isinstance(v, str)},
+            {k: v for k, v in found.items() if isinstance(v, str)})
 
 
 def copies(digests):
@@ -340,8 +381,8 @@ def copies(digests):
 
 def named(plan, target):
     """How a target's source is called: its name, with the page where there are several."""
-    source, page = plan[target]
-    return f"{source}, page {page}" if page else source
+    item, page = plan[target]
+    return f"{item.name}, page {page}" if page else item.name
 
 
 def note(plan, root, left_out, args, window):
@@ -360,7 +401,7 @@ def is_prepared(out, plan, root, args):
         made = {t: plan[t] for t in plan if named(plan, t) not in says["left_out"]}
         same = says == note(plan, root, says["left_out"], args, args.window or says["window"])
         if same and not foreign(out, made) and all(
-                there(out / target, root / source, page) for target, (source, page) in made.items()):
+                there(out / target, item.source, page) for target, (item, page) in made.items()):
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass                                                                # no prepared.json of ours
@@ -372,10 +413,13 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="folder of a download, or of folders of images")
     parser.add_argument("out", metavar="OUT", help="folder to make, outside SOURCE")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--set", choices=SETS, help="SOURCE is the download of this set, from "
                       + ", ".join(where for where, *_ in SETS.values()))
-    what.add_argument("--normal", nargs="+", metavar="FOLDER", help="folders of normals, below SOURCE")
+    what.add_argument("--normal", nargs="+", metavar="FOLDER", help="folders of normals, below SOURCE, which "
+                      "are to be split into train and test")
+    what.add_argument("--normal-class", metavar="NAME", help="the normal class of a SOURCE that has train/ "
+                      "and test/ (default: good, normal or ok)")
     parser.add_argument("--anomaly", nargs="+", metavar="FOLDER", help="folders of anomalies, below SOURCE")
     parser.add_argument("--test-share", type=number(float, above=0, high=0.75),
                         help="share of the normals to test on (default: 0.25)")
@@ -385,8 +429,11 @@ def arguments():
                         "black and white in scans of more than 8 bits, for example -1000 400")
     parser.add_argument("--pages", choices=["first", "all"], help="which pages of files that have several")
     args = parser.parse_args()
-    if args.set and (args.anomaly or args.test_share or args.group_by):
-        parser.error("--anomaly, --test-share and --group-by go with --normal; a --set brings its own")
+    if not args.normal and (args.anomaly or args.test_share or args.group_by):
+        parser.error("--anomaly, --test-share and --group-by go with --normal")
+    if not args.normal and not args.set and not (Path(args.source).expanduser() / "train").is_dir():
+        parser.error(f"{args.source} has no folder train: say which folders are --normal and --anomaly, or "
+                     "which --set it is")
     if args.window and args.window[0] >= args.window[1]:
         parser.error(f"--window {args.window[0]:g} {args.window[1]:g}: needs LOW below HIGH")
     return args
@@ -397,41 +444,48 @@ def main():
     root, out = (Path(os.path.abspath(Path(p).expanduser())) for p in (args.source, args.out))
     if out.resolve().is_relative_to(root.resolve()):
         raise SystemExit(f"OUT {out} lies in SOURCE {root}: choose an OUT elsewhere.")
-    if args.set:
-        items = set_items(root, args.set)
-        every = [item for split in items.values() for item in split]
-    else:
+    if args.normal:
         every = plain_items(root, args.normal, args.anomaly or [])
+    else:
+        items = set_items(root, args.set) if args.set else layout_items(root, args.normal_class)
+        every = [item for split in items.values() for item in split]
     sources = [item.source for item in every]
     with ThreadPoolExecutor() as pool:
         found = pool.map(look, sources)
         bar = tqdm(found, "reading headers", len(sources), unit="image", disable=None, leave=False)
         looks = dict(zip(sources, bar, strict=True))
-    unread = {i.name: looks[i.source].replace(f"{root}{os.sep}", "") for i in every
-              if isinstance(looks[i.source], str)}
-    if not args.set:
+    unread = {i.name: looks[i.source] for i in every if isinstance(looks[i.source], str)}
+    if args.normal:
         read = [i for i in every if i.name not in unread]
         if all(i.label for i in read):
             raise SystemExit(f"{root}: no image to train on can be read.")
         items = split(read, args.test_share or 0.25, args.group_by, looks)
     items = {k: [i for i in v if i.name not in unread] for k, v in items.items()}
-    plan = targets(items, root, looks, args.pages)
+    train, test = ({looks[i.source].patient for i in items[k]} - {""} for k in ("train", "test"))
+    if both := sorted(train & test):
+        print(f"warning: {len(both)} patients are in train and in test, the first is {both[0]}")
+    plan = targets(items, looks, args.pages)
     part, done = out.with_name(f"{out.name}.part"), is_prepared(out, plan, root, args)
     if not done:
         if wrong := foreign(part, plan):
             raise SystemExit(f"{part} holds {wrong}, which this command does not make; remove it, or choose "
                              "another OUT.")
-        scans = {t: (root / source, page) for t, (source, page) in plan.items() if page is not None}
-        train = [scan for t, scan in scans.items() if t.startswith("train/")]
-        window = args.window or window_of(train or scans.values())
-        digests, wrong = make_all(plan, root, part, window)
+        pages = {t: (item.source, page) for t, (item, page) in plan.items() if page is not None}
+        train = [scan for t, scan in pages.items() if t.startswith("train/normal/")]
+        window = args.window or window_of(train or pages.values())
+        if pages:
+            begin(part, window)
+        digests, wrong = make_all(plan, part, window)
         same = copies(digests)
         for target in same:
             (part / target).unlink()
         left_out = unread | {named(plan, t): why for t, why in (wrong | same).items()}
-        for name, why in left_out.items():
+        left_out = {name: why.replace(f"{root}{os.sep}", "") for name, why in left_out.items()}     # no paths
+        for name, why in list(left_out.items())[:20]:                                       # of this machine
             print(f"left out: {name}: {why}")
-        says = note(plan, root, left_out, args, window if scans else None)
+        if len(left_out) > 20:
+            print(f"and {len(left_out) - 20} more, in {args.out}/prepared.json")
+        says = note(plan, root, left_out, args, window if pages else None)
         if not says["counts"]["train/normal"]:
             raise SystemExit(f"{root}: no image to train on can be read.")
         with whole(part / "prepared.json") as temporary:

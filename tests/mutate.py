@@ -106,9 +106,9 @@ def read(path):
         else:
             seen = look(path)                                               # as extras.prepare does
             if not isinstance(seen, str) and seen.convert:
-                sources = [to_8_bit(page_of(path, seen.pages - 1), (-100, 300))]
+                sources.insert(0, to_8_bit(page_of(path, seen.pages - 1), (-100, 300)))
         for source in sources:
-            image = decode(source, 32)[0]
+            image = decode(source, 32, (-100, 300) if len(sources) > 1 else None)[0]
             if image.dtype != np.uint8 or image.shape[0] not in (1, 3) or image.shape[1:] != (32, 32):
                 return f"decoded to {image.dtype} {image.shape}"
     except SystemExit as stop:

@@ -86,7 +86,8 @@ def test_downloads_are_taken_untouched(name, counts, tmp_path):
     assert {k: v for k, v in says.items() if k != "counts"} == {
         "set": name, "source": "download", "left_out": {}, "window": None,
         "defaults": {"shift": "perm", "t_range": [100, 200]} if name == "kvasir" else {}}
-    assert data.defaults == {"shift": "rotate", "t_range": [30, 130], "image_size": 224} | says["defaults"]
+    assert data.defaults == {"shift": "rotate", "t_range": [30, 130], "image_size": 224,
+                             "window": None} | says["defaults"]
     originals = {Path(n).name: content for n, content in before.items()}
     made = {n: content for n, content in contents(out).items() if n != "prepared.json"}
     assert all(originals[Path(n).name] == content for n, content in made.items())
@@ -282,7 +283,9 @@ def test_what_is_missing_in_a_download_is_said(tmp_path):
     (["--normal", "site a", "--test-share", "0.8"], "up to 0.75"),
     (["--set", "kvasir", "--anomaly", "bleeding"], "go with --normal"),
     (["--set", "kvasir", "--normal", "site a"], "not allowed with argument --set"),
-    (["--set", "imagenet"], "invalid choice"), ([], "one of the arguments --set --normal is required")])
+    (["--set", "imagenet"], "invalid choice"), ([], "has no folder train: say which folders are"),
+    (["--group-by", "x"], "go with --normal"),
+    (["--normal", "site a", "--window", "5", "5"], "needs LOW below HIGH")])
 def test_wrong_flags_are_one_sentence(flags, sentence, scans, tmp_path):
     (tmp_path / "scans/notes").mkdir()
     make(tmp_path, "elsewhere/0.png")
