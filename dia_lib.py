@@ -562,7 +562,8 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
         held, held_digests, train, digests = train[:n], digests[:n], train[n:], digests[n:]
         names = {"train": names[n:], "held": names[:n]}
     if not len(train):
-        raise SystemExit(f"--data {data}: --holdout {holdout} leaves none of {len(order)} images to train on")
+        raise SystemExit(f"--data {data}: --holdout {holdout} leaves none of {len(order)} images, "
+                         f"{len(set(held_digests.tolist()))} of them different, to train on")
     pixels, test_digests, test_deep = read_images(test, size)
     each = {"train": digests, "held": held_digests, "test": test_digests}
     return Data(name=data_name(data), train=torch.from_numpy(train), held=torch.from_numpy(held),
@@ -818,7 +819,7 @@ def read_images(items, size, window=None):
             pixels[i], digests[i] = image, digest
             if used is not None:
                 levels, deep = levels | used, deep + 1
-    if deep and levels.sum() < 64:
+    if deep and not window and levels.sum() < 64:
         raise SystemExit(f"{items[0].source} and the like: {deep} images of 16 bits fill only {levels.sum()} "
                          f"of 256 grey levels: their values are a small part of 0 to 65,535. {PREPARE}")
     return pixels, digests, deep / max(1, len(items))

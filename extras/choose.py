@@ -11,6 +11,9 @@ A caution: synthetic defects mislead where real anomalies are of another kind. O
 0.962 where the true AUROC was 0.739. Trust an order of settings only if the kinds agree on it.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m extras.choose, in the project's folder.")
+
 import itertools
 import math
 import statistics

@@ -14,6 +14,9 @@ RUN/predict.pt; later ones do not.
     scores, p = run.score(images)                               # (n,) and (n,)
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m extras.predict, in the project's folder.")
+
 import csv
 import json
 import math

@@ -16,6 +16,9 @@ scikit-learn's split of the sorted names with seed 42, as for ELPV; --group-by, 
 images of one patient on one side. All is made in OUT.part, which becomes OUT at the end.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m extras.prepare, in the project's folder.")
+
 import argparse
 import csv
 import itertools
@@ -480,8 +483,9 @@ def main():
         for target in same:
             (part / target).unlink()
         left_out = unread | {named(plan, t): why for t, why in (wrong | same).items()}
-        left_out = {name: why.replace(f"{root}{os.sep}", "") for name, why in left_out.items()}     # no paths
-        for name, why in list(left_out.items())[:20]:                                       # of this machine
+        left_out = {name: why.replace(f"{root}{os.sep}", "").encode(errors="replace").decode()
+                    for name, why in left_out.items()}                      # no paths of this machine
+        for name, why in list(left_out.items())[:20]:
             print(f"left out: {name}: {why}")
         if len(left_out) > 20:
             print(f"and {len(left_out) - 20} more, in {args.out}/prepared.json")

@@ -6,6 +6,9 @@ Reads scores.csv, metrics.json and log.jsonl of each run; writes roc.png, scores
 and p_values.png where extras.predict has left a predict.pt. Also holds helpers for tables of results.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m extras.report, in the project's folder.")
+
 import csv
 import json
 import platform

@@ -251,7 +251,7 @@ def none_held(folder, tmp_path_factory):
 
 def test_without_held_out_normals_there_are_scores_but_no_p_values(none_held, scans, tmp_path, capsys):
     assert call(predict, none_held, scans, "--passes", 1, "--to", tmp_path) is None
-    assert "no normals were held out" in capsys.readouterr().out
+    assert "no normals were held out for calibration" in capsys.readouterr().out
     rows = table(tmp_path / "scores.csv")
     assert {(r["p_value"], r["anomaly"]) for r in rows} == {("", "")}
     assert len({r["score"] for r in rows}) == 5

@@ -4,18 +4,21 @@ import csv
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import STAGE1, STAGE2, call
+from conftest import ROOT, STAGE1, STAGE2, call
 from PIL import Image
+from test_prepare import write_dicom
 
 import evaluate
 import train_dia
 import train_diffusion
-from extras import predict
+from extras import predict, prepare
 from weakly_supervised import nearest
 
 
@@ -126,7 +129,7 @@ SAID = {                # name: (what is done to the folder of tiles, a line of 
                              "warning: 0 of 27 training images are in colour, 1 of 30 test images"),
     "bright": (lambda r: each(r, "test/*", lambda x: (x // 4 + 190).astype(np.uint8)),
                "warning: mean brightness"),
-    "constant": (lambda r: each(r, "train/*", lambda x: (x * 0 + 9).astype(np.uint8)),
+    "constant": (lambda r: each(r, "train/*", lambda x: (x * 0 + x[0, 0]).astype(np.uint8)),
                  "are constant: train/good/"),
     "a tenth constant": (lambda r: each(r, "test/dent", lambda x: (x * 0).astype(np.uint8)),
                          "warning: 6 of 30 test images are constant: test/dent/000.png, test/dent/001.png, "
@@ -203,3 +206,48 @@ def test_no_image_gives_an_empty_result(chain, folder):
     images = torch.zeros(0, 1, run.settings["image_size"], run.settings["image_size"], dtype=torch.uint8)
     scores, p = run.score(images)
     assert scores.shape == p.shape == (0,)
+
+
+def test_new_scans_get_the_window_of_the_training_images(folder, tmp_path):
+    """Prepared, trained, scored: a scan as it came has the score of its prepared image."""
+    raw = shutil.copytree(folder, tmp_path / "raw")
+    each(raw, "*/*", lambda x: hounsfield(x).astype(np.float32), ".tif")
+    assert call(prepare, raw, tmp_path / "set") is None
+    assert call(train_dia, "--data", tmp_path / "set", "--out", tmp_path / "run", *STAGE2, "--dissolve",
+                "none") is None
+    low, high = predict.load_run(tmp_path / "run").settings["window"]
+    assert -400 < low < -200 and 300 < high < 600
+    scores = {}
+    for name in ("raw/test", "set/test", "raw/test/dent"):
+        to = tmp_path / "scores" / name
+        assert call(predict, tmp_path / "run", tmp_path / name, "--passes", 1, "--to", to) is None
+        rows = csv.DictReader((to / "scores.csv").open())
+        scores[name] = {f"{row['path'].split('/')[-1][:3]}{row['path'][:4]}": row["score"] for row in rows}
+    a, b = scores["raw/test"], scores["set/test"]
+    assert len(a) == 30 and a == {k.replace("norm", "good"): v for k, v in b.items()}
+    assert sorted(scores["raw/test/dent"].values()) == sorted(v for k, v in a.items() if k.endswith("dent"))
+
+
+def test_new_dicom_files(chain, folder, tmp_path):
+    """By the header's window, where the run's images had none; several pages, or no window, are refused."""
+    pytest.importorskip("pydicom")
+    x = np.asarray(Image.open(folder / "test/dent/000.png")).astype(np.int16)
+    new, header = tmp_path / "new", {"WindowCenter": 128, "WindowWidth": 256}        # 0 to 255
+    write_dicom(new / "scan", x, **header)
+    save(new / "same.png", x.astype(np.uint8))
+    assert call(predict, chain, new, "--passes", 1, "--to", tmp_path / "to") is None
+    one, other = csv.DictReader((tmp_path / "to/scores.csv").open())
+    assert {one["path"], other["path"]} == {"scan", "same.png"} and one["score"] == other["score"]
+    write_dicom(new / "more.dcm", np.stack([x, x]), **header)
+    assert "more.dcm has 2 pages: which of them?" in call(predict, chain, new, "--to", tmp_path / "to")
+    write_dicom(new / "more.dcm", x)
+    assert "more.dcm names no window" in call(predict, chain, new, "--to", tmp_path / "to")
+    (new / "more.dcm").write_bytes(b"?")
+    assert "more.dcm cannot be read as DICOM" in call(predict, chain, new, "--to", tmp_path / "to")
+
+
+@pytest.mark.parametrize("file", ["extras/prepare.py", "extras/predict.py", "weakly_supervised/nearest.py"])
+def test_rooms_are_run_as_modules_in_the_projects_folder(file, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / file, "a"], capture_output=True, text=True, cwd=tmp_path)
+    module = file.removesuffix(".py").replace("/", ".")
+    assert done.returncode == 1 and done.stderr == f"Run it as python -m {module}, in the project's folder.\n"

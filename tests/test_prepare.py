@@ -1,8 +1,10 @@
 """extras/prepare.py: small trees shaped as each download, and plain folders, prepared, read by the core."""
 
 import json
+import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +16,7 @@ from conftest import ROOT, call, texture
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from dia_lib import load_data
+from dia_lib import decode, load_data
 from extras import prepare
 
 
@@ -448,3 +450,102 @@ def test_dicom_files_by_their_header_or_a_window(tmp_path, capsys):
     left_out = json.loads((tmp_path / "torn/prepared.json").read_text())["left_out"]
     assert set(left_out) == {"ill/torn.dcm", "ill/cut.dcm"}
     assert all("cannot be read as DICOM" in why for why in left_out.values())
+
+
+def test_a_split_that_is_there_stays(tmp_path, capsys):
+    """SOURCE with train/ and test/: so do anomalies in train/; a flag names another normal class."""
+    make(tmp_path / "set", *(f"train/NORMAL/{i}.png" for i in range(5)), "train/ILL/6.png", "train/ILL/7.png",
+         *(f"test/NORMAL/{i}.png" for i in range(3)), "test/ILL/8.png", "test/ILL/mask/9.png")
+    shutil.copy(tmp_path / "set/test/ILL/8.png", tmp_path / "set/train/ILL/9.png")
+    assert call(prepare, tmp_path / "set", tmp_path / "out") is None
+    says = json.loads((tmp_path / "out/prepared.json").read_text())
+    assert says["counts"] == {"train/normal": 5, "train/ILL": 2, "test/ILL": 1, "test/normal": 3}
+    assert says["left_out"] == {"train/ILL/9.png": "the same image as test/ILL/8.png"}
+    assert contents(tmp_path / "out/train/normal") == contents(tmp_path / "set/train/NORMAL")
+    (tmp_path / "set/train/NORMAL").rename(tmp_path / "set/train/well")
+    (tmp_path / "set/test/NORMAL").rename(tmp_path / "set/test/well")
+    command = [tmp_path / "set", tmp_path / "well"]
+    assert "Name it with --normal-class" in call(prepare, *command)
+    assert call(prepare, *command, "--normal-class", "well") is None
+    assert (tmp_path / "well/train/normal/0.png").is_file()
+
+
+def test_patients_on_both_sides_of_a_split_that_is_there_are_said(tmp_path, capsys):
+    pytest.importorskip("pydicom")
+    for i, name in enumerate(("train/good/a", "train/good/b", "test/good/a", "test/bad/a")):
+        write_dicom(tmp_path / f"set/{name}.dcm", values(i).astype(np.int16), PatientID=f"P{i % 3}")
+    assert call(prepare, tmp_path / "set", tmp_path / "out") is None
+    assert "warning: 1 patients are in train and in test, the first is P0" in capsys.readouterr().out
+
+
+def test_a_stopped_command_with_another_window_begins_again(tmp_path, monkeypatch):
+    for i in range(8):
+        tiff(tmp_path / f"set/well/{i}.tif", values(i).astype(np.float32))
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well"]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "copies", stop)
+        assert call(prepare, *command, "--window", -1000, 400) != 0
+    assert len(contents(tmp_path / "out.part")) == 9
+    assert call(prepare, *command, "--window", -200, 0) is None
+    command[1] = tmp_path / "other"
+    assert call(prepare, *command, "--window", -200, 0) is None
+    assert images(tmp_path / "out") == images(tmp_path / "other")
+    assert "holds other things" in call(prepare, *command, "--window", -1000, 400)
+
+
+def test_a_scan_and_an_image_that_would_get_one_name(tmp_path):
+    make(tmp_path / "set", *(f"well/{i}.png" for i in range(4)), "ill/a.tif.png", "ill/b.tif-0001.png")
+    tiff(tmp_path / "set/ill/b.tif", *(values(i).astype(np.float32) for i in range(2)))
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill", "--pages"]
+    assert "would both become test/ill/b.tif-0001.png" in call(prepare, *command, "all")
+    tiff(tmp_path / "set/ill/a.tif", values(0).astype(np.float32))
+    assert "would both become test/ill/ill/a.tif.png" in call(prepare, *command, "first")
+    (tmp_path / "set/ill/a.tif.png").unlink()
+    assert call(prepare, *command, "first") is None and len(contents(tmp_path / "out/test/ill")) == 3
+
+
+def test_values_are_those_that_the_file_means(tmp_path):
+    """Where Pillow drops a sign, or adds one: 8 bits signed, 32 bits unsigned."""
+    for values, kind in ((np.array([[-128, -45], [0, 127]], np.int8), "signed"),
+                         (np.array([[-32000, -7], [0, 32000]], np.int16), "signed"),
+                         (np.array([[0, 7], [2 ** 31, 2 ** 32 - 1]], np.uint32), "32-bit"),
+                         (np.array([[-2 ** 31, 7], [0, 2 ** 31 - 1]], np.int32), "signed")):
+        bits, code = values.itemsize * 8, 1 if values.dtype.kind == "u" else 2
+        tags = {256: 2, 257: 2, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: values.nbytes}
+        tags[339] = code
+        file = struct.pack("<2sHI", b"II", 42, 8 + values.nbytes) + values.tobytes() + struct.pack("<H", 10)
+        file += b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in tags.items()) + struct.pack("<I", 0)
+        (tmp_path / "a.tif").write_bytes(file)
+        with pytest.raises(SystemExit, match=f"has {kind} values"):
+            decode(tmp_path / "a.tif", 2)
+        assert prepare.look(tmp_path / "a.tif").convert
+        assert np.array_equal(prepare.page_of(tmp_path / "a.tif", 0).pixels, values)
+
+
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    make(tmp_path / "set", *(f"well/{i}.png" for i in range(5)))
+    torn = os.fsencode(tmp_path / "set/well") + b"/\xfe.png"
+    try:
+        os.rename(tmp_path / "set/well/0.png", os.fsencode(tmp_path / "set/well") + b"/\xff.png")
+        Path(os.fsdecode(torn)).write_bytes(b"?")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    assert call(prepare, tmp_path / "set", tmp_path / "out", "--normal", "well") is None
+    assert "left out: well/?.png: " in capsys.readouterr().out
+    assert len(load_data(str(tmp_path / "out"), 24, holdout=0).train) == 3
+
+
+def test_dicom_files_that_pydicom_ships(tmp_path):
+    """CT, MR, palette, two kinds of colour with 30 frames, an overlay: all become images of 8 bits."""
+    pydicom = pytest.importorskip("pydicom")
+    for name in ("ct", "mr", "overlay", "palette_color", "rgb_color", "ybr_color"):
+        path = Path(pydicom.examples.get_path(name))
+        seen = prepare.look(path)
+        page = prepare.page_of(path, seen.pages - 1)
+        image = prepare.to_8_bit(page, None if page.window else (-800, 900))
+        assert image.dtype == np.uint8 and image.std() > 10 and (image.ndim == 3) == ("color" in name)
+        assert seen.pages == (30 if name == "ybr_color" else 1)

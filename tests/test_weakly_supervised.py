@@ -260,7 +260,7 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
     # At the default --fpr too few calibrate, with --holdout 0 none: nothing is decided, and it is said.
     assert "no decisions: with" in capsys.readouterr().out
     assert call(nearest, *tiny, "--holdout", 0, "--out", tmp_path / "none") is None
-    assert "no decisions: no normals were held out" in capsys.readouterr().out
+    assert "no decisions: no normals were held out for calibration" in capsys.readouterr().out
     for name in ("b", "none"):
         undecided = json.loads((tmp_path / name / "metrics.json").read_text())
         assert undecided["f1_at_fpr"] is undecided["accuracy_at_fpr"] is None

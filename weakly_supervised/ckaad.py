@@ -6,6 +6,9 @@ those of anomalous images, of which none is known to be anomalous itself. An ima
 between its features and their reconstruction.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m weakly_supervised.ckaad, in the project's folder.")
+
 import argparse
 import itertools
 import math

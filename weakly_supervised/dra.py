@@ -4,6 +4,9 @@ Ding, Pang and Shen 2022, "Catching Both Gray and Black Swans" (arXiv:2203.14506
 numbers. `--heads seen` is DevNet (arXiv:2108.00462): the labelled anomalies alone, by the same loss.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m weakly_supervised.dra, in the project's folder.")
+
 import torch
 import torch.nn.functional as F
 from torch import nn

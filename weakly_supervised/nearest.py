@@ -5,6 +5,9 @@ sample of them or a greedy coreset; an image's score is the largest distance of 
 nearest of these.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m weakly_supervised.nearest, in the project's folder.")
+
 import torch
 
 from dia_lib import number, run, step_generator

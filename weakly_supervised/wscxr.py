@@ -5,6 +5,9 @@ numbers. Features of a frozen backbone; a linear discriminator, as released; an 
 most anomalous patch.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m weakly_supervised.wscxr, in the project's folder.")
+
 import argparse
 import math
 import time
