@@ -851,8 +851,8 @@ def to_grey_levels(values, low, high):
     values = values.astype(np.float32)
     values -= low
     values *= 255 / (high - low)
-    np.nan_to_num(values, copy=False)                                               # not a number: black
-    return np.rint(np.clip(values, 0, 255, out=values), out=values).astype(np.uint8)
+    np.fmin(np.fmax(values, 0, out=values), 255, out=values)                # what is not a number becomes 0
+    return np.rint(values, out=values).astype(np.uint8)
 
 
 def decode(source, size, window=None):
