@@ -62,12 +62,15 @@ def change(unet, x, abar):
     return torch.cat([sum(one(xb, t) for t in range(30, 130, 20)) / 5 for xb in x.split(64)])
 
 
-def memorised(unet, train, held, abar, log, step):
-    """Log how much dissolving changes training and held-out images; say so where it memorises the former."""
+def memorised(unet, train, held, abar, log, step, learned):
+    """Log how much dissolving changes training and held-out images; say so where it memorises the former.
+
+    learned: is its loss below that of predicting no noise at all?
+    """
     on_train, on_held = change(unet, train, abar), change(unet, held, abar)
     log(step, change_train=on_train.mean().item(), change_held=on_held.mean().item())
     noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt()         # of the difference
-    if len(on_held) >= 8 and on_train.mean() < on_held.mean() - 2 * noise:
+    if learned and len(on_held) >= 8 and on_train.mean() < on_held.mean() - 2 * noise:
         tqdm.write("dissolving changes training images less than held-out ones: the model has begun to "
                    "memorise them, so stage 1 is too long; use fewer --steps")
 
@@ -159,12 +162,13 @@ def main():
             losses += values
         if saving:
             check_weights(unet, done, args.lr)
-            log(done, loss=sum(losses) / len(losses), zero=ZERO,
-                **(held_out_losses(ema, held, abar) if len(held) else {}), seconds=log.seconds())
+            on_held = held_out_losses(ema, held, abar) if len(held) else {}
+            log(done, loss=sum(losses) / len(losses), zero=ZERO, **on_held, seconds=log.seconds())
             losses = []
             picture(args.out / "dissolving.png", ema, prepare(data.train[:4]), held, abar)
             if len(held) > 1 and (args.save_every or done == args.steps):
-                memorised(ema, prepare(data.train[:min(n, max(len(held), 32))]), held, abar, log, done)
+                memorised(ema, prepare(data.train[:min(n, max(len(held), 32))]), held, abar, log, done,
+                          on_held["held_t30-129"] < ZERO)
             result = {"step": done, "ema": ema.state_dict()}
             if args.save_every:
                 save_checkpoint(args.out / f"step-{done}/diffusion.pt", "diffusion", settings, result)

@@ -280,7 +280,7 @@ def test_missing_runs_and_training_data_are_said(own_chain, scans, folder, tmp_p
     other = shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("test"))
     away = folder.rename(folder.with_name("away"))
     try:
-        assert "no such folder" in call(predict, own_chain, scans)              # the first call needs them
+        assert "which is not there" in call(predict, own_chain, scans)            # the first call needs them
         assert call(predict, own_chain, scans, "--data", other, "--passes", 2) is None      # they were moved
     finally:
         away.rename(folder)
