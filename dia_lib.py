@@ -477,8 +477,8 @@ def csi_score(stats, z, logits):
 # ==========================================================================================================
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-PREPARE = ("8-bit images are read, and 16-bit ones of the full range; python -m extras.prepare makes such of "
-           "others.")
+PREPARE = ("Images of 8 bits are read, and of 16 that fill their range; python -m extras.prepare FOLDER NEW "
+           "makes such of others.")
 MASKS = {"ground_truth", "gt", "mask", "masks"}         # folders that are not read
 MEDMNIST_NORMAL = {"pneumoniamnist": 0, "breastmnist": 1, "octmnist": 3}    # label of the healthy class
 MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
@@ -809,7 +809,7 @@ def read_images(items, size, window=None):
     the share of them that have more than 8 bits. size, window: see `decode`.
     """
     pixels, digests = np.empty((len(items), 1, size, size), np.uint8), np.empty(len(items), np.uint64)
-    levels, deep = np.zeros(256, bool), 0
+    levels, deep = np.zeros(256, bool), []
     with ThreadPoolExecutor() as pool:
         read = pool.map(lambda item: decode(item.source, size, window), items)
         bar = tqdm(read, "reading images", len(items), unit="image", disable=None, leave=False)
@@ -818,11 +818,14 @@ def read_images(items, size, window=None):
                 pixels = np.repeat(pixels, 3, 1)
             pixels[i], digests[i] = image, digest
             if used is not None:
-                levels, deep = levels | used, deep + 1
+                levels |= used
+                deep.append(items[i].source)
     if deep and not window and levels.sum() < 64:
-        raise SystemExit(f"{items[0].source} and the like: {deep} images of 16 bits fill only {levels.sum()} "
-                         f"of 256 grey levels: their values are a small part of 0 to 65,535. {PREPARE}")
-    return pixels, digests, deep / max(1, len(items))
+        used = np.flatnonzero(levels)
+        raise SystemExit(f"{deep[0]} and the like: {len(deep)} images of 16 bits have values of about "
+                         f"{257 * used[0]} to {257 * used[-1] + 256} of 65535, which leaves {len(used)} grey "
+                         f"levels of 256. {PREPARE}")
+    return pixels, digests, len(deep) / max(1, len(items))
 
 
 def stored(image):

@@ -543,8 +543,8 @@ def test_classes_that_are_called_differently_are_found_before_training(tree):
 @pytest.mark.parametrize("values, said", [
     (lambda x: x.astype(np.float32) / 255, "has float values, 0"),
     (lambda x: x.astype(np.int32) - 1000, "has signed values, -"),
-    (lambda x: x.astype(np.uint16) * 16, "30 images of 16 bits fill only "),
-    (lambda x: x.astype(np.uint16) * 2 + 32000, "30 images of 16 bits fill only ")])
+    (lambda x: x.astype(np.uint16) * 16, "30 images of 16 bits have values of about "),
+    (lambda x: x.astype(np.uint16) * 2 + 32000, "30 images of 16 bits have values of about ")])
 def test_scans_that_8_bits_would_spoil_are_refused(values, said, tmp_path):
     for i in range(30):
         (tmp_path / "train/good").mkdir(parents=True, exist_ok=True)
