@@ -431,6 +431,7 @@ def test_dicom_files_by_their_header_or_a_window(tmp_path, capsys):
     write_dicom(tmp_path / "set/ill/a", scan[10], PatientID="Q", **hounsfield,
                 PhotometricInterpretation="MONOCHROME1")
     command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill"]
+    assert prepare.page_of(tmp_path / "set/ill/a", 0).window == (-801, 199)         # PS3.3, C.11.2.1.2
     assert call(prepare, *command) is None
     expected = ((scan[10].astype(float) - 1024 + 801) / 1000 * 255).clip(0, 255)
     made = np.asarray(Image.open(tmp_path / "out/test/ill/a.png")).astype(float)
