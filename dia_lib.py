@@ -479,7 +479,7 @@ def csi_score(stats, z, logits):
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 PREPARE = ("Images of 8 bits are read, and of 16 that fill their range; python -m extras.prepare FOLDER NEW "
            "makes such of others.")
-MASKS = {"ground_truth", "gt", "mask", "masks"}         # folders that are not read
+MASKS = {"ground_truth", "groundtruth", "gt", "mask", "masks"}          # folders that are not read
 MEDMNIST_NORMAL = {"pneumoniamnist": 0, "breastmnist": 1, "octmnist": 3}    # label of the healthy class
 MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz?download=1"
 MEDMNIST_MD5 = {
@@ -511,7 +511,7 @@ class Data:
     groups: list            # Q names
     paths: list             # Q names, relative to the data
     names: dict             # {"train": M names, "held": n names}
-    deep: dict              # {"train", "test": share of the images that have 16 bits}
+    deep: dict              # {"train", "test": of each image of 16 bits, how many of 256 grey levels it has}
     left_out: str           # what else lies in the folder, in words
     digests: dict           # {"train": (M,), "held": (n,), "test": (Q,)} int64
     fingerprint: str        # of the training images
@@ -538,7 +538,7 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
         defaults["image_size"], image_size = min(native, 224), min(image_size or 224, native)
     elif path.is_dir():
         items = folder_items(path, splits, normal_class)
-        left_out = not_read(path, items)
+        left_out = not_read([path / split for split in items], {i.source for s in items.values() for i in s})
         if (path / "prepared.json").is_file():                              # of extras/prepare.py
             try:
                 says = json.loads((path / "prepared.json").read_text())
@@ -577,7 +577,8 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
 
 def found(data):
     """What was found, for the start of each script: kind, counts, what was not read, a warning a doubt."""
-    bits = {0: "8-bit", 1: "16-bit"}.get(data.deep["train"], "8- and 16-bit")
+    M, deep = len(data.train) + len(data.held), len(data.deep["train"])
+    bits = {0: "8-bit", M: "16-bit"}.get(deep, "8- and 16-bit")
     colours = "grey" if data.train.shape[1] == 1 else "RGB"
     kinds = Counter(zip(data.labels.tolist(), data.groups, strict=True))
     tests = [f"{('normal', 'anomalous')[label]} {group}".strip() + f" {n:,}"
@@ -617,17 +618,27 @@ def doubts(data):
         flat = [name for name, yes in zip(names, constant.tolist(), strict=True) if yes]
         if flat and len(flat) * 10 >= len(images):
             said.append(f"{len(flat)} of {len(images)} {kind} images are constant: {some(flat)}")
+        narrow = sum(levels < 64 for levels in data.deep["train" if kind == "training" else "test"])
+        if narrow and narrow * 10 >= len(images):
+            said.append(f"{narrow} {kind} images of 16 bits have fewer than 64 of 256 grey levels each; see "
+                        "python -m extras.prepare")
     if not Q:
         return said
-    if data.deep["train"] != data.deep["test"]:
-        said.append("{:.0%} of the training images have 16 bits, {:.0%} of the test images".format(
-            data.deep["train"], data.deep["test"]))
-    train, test = coloured(data.train), coloured(data.test)
-    if not train and test or train == M and not test:
-        said.append(f"{train} of {M} training images are in colour, {test} of {Q} test images")
-    light, others = (x.float().mean((1, 2, 3)) for x in (data.train, data.test[data.labels == 0]))
+    normal, anomalous = data.test[data.labels == 0], data.test[data.labels == 1]
+    if not len(normal):
+        said.append(f"test has no folder called as the normal one in train: all {Q} count as anomalies")
+    shares = [len(data.deep["train"]) / (M + len(data.held)), len(data.deep["test"]) / Q]
+    if shares[0] != shares[1]:
+        said.append("{:.0%} of the training images have 16 bits, {:.0%} of the test images".format(*shares))
+    parts = [(x, coloured(x)) for x in (data.train, normal, anomalous) if len(x)]
+    shares = [n / len(x) for x, n in parts]
+    if not shares[0] and max(shares) or max(shares) - min(shares) > 0.5:
+        kinds = ["training"] + ["normal test"] * (len(normal) > 0) + ["anomalous test"] * (len(anomalous) > 0)
+        said.append("in colour are " + ", ".join(f"{n} of {len(x)} {kind} images" for (x, n), kind in
+                                                 zip(parts, kinds, strict=True)))
+    light, others = (x.float().mean((1, 2, 3)) for x in (data.train, normal))
     low, high = light.quantile(torch.tensor([0.01, 0.99])).tolist()
-    if len(others) and not low <= others.median() <= high:
+    if M >= 20 and len(others) >= 5 and not low <= others.median() <= high:
         said.append(f"mean brightness is {light.median():.0f} of 255 in training images, "
                     f"{others.median():.0f} in normal test images")
     return said
@@ -770,24 +781,25 @@ def folder_items(root, splits, normal_class, files_of=None):
 
 
 def name_in(root, file):
-    """The name of a file below root; what is not UTF-8 in it becomes a question mark."""
-    return os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace").replace("\ufffd", "?")
+    """The name of a file below root; bytes that are not UTF-8 become as %ff."""
+    name = os.fsencode(file.relative_to(root).as_posix())
+    return name.decode(errors="backslashreplace").replace("\\x", "%")
 
 
-def not_read(root, items):
-    """What lies in a set's folder and is not in its items, in words: "12 .png in test/ground_truth"."""
-    known, other = {item.source for split in items.values() for item in split}, Counter()
-    for split in items:
-        for file in (root / split).rglob("*"):
+def not_read(folders, known):
+    """What lies in folders and is not among the known paths: "12 .png in test/masks; 1 .dcm in train"."""
+    other = Counter()
+    for folder in folders:
+        for file in folder.rglob("*"):
             if file.is_file() and not file.name.startswith(".") and file not in known:
-                where = "/".join(file.relative_to(root).parts[:-1][:2])
+                where = "/".join(file.relative_to(folder.parent).parts[:-1][:2])
                 other[f"{file.suffix or 'other'} in {where}"] += 1
     return "; ".join(f"{n:,} {what}" for what, n in sorted(other.items()))
 
 
 def walk(folder, above=None, suffixes=SUFFIXES):
-    """All images below a folder, sorted by name, but masks: folders of MASKS, x_mask.png beside x.png, xyz
-    beside rgb. Links are followed, a link back to a folder above is not.
+    """All images below a folder, sorted by name, but masks: folders of MASKS, x_mask.png or x_mask_1.png
+    beside x.png, xyz beside rgb. Links are followed, but not back to a folder above.  suffixes: None for any.
     """
     real, files = folder.resolve(), []
     above = set(real.parents) if above is None else above
@@ -798,18 +810,18 @@ def walk(folder, above=None, suffixes=SUFFIXES):
     for path in paths:
         if path.is_dir():
             files += [] if path.name == "xyz" and "rgb" in stems else walk(path, above | {real}, suffixes)
-        elif path.suffix.lower() in suffixes and not (
-                path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems):
-            files.append(path)
+        elif suffixes is None or path.suffix.lower() in suffixes:
+            mask = re.fullmatch(r"(.+)_mask(_\d+)?", path.stem, re.IGNORECASE)
+            files += [] if mask and mask[1] in stems else [path]
     return files
 
 
 def read_images(items, size, window=None):
     """All images of a split, decoded in parallel: uint8 (n, C, size, size), their digests uint64 (n,), and
-    the share of them that have more than 8 bits. size, window: see `decode`.
+    of each that has more than 8 bits the number of its grey levels. size, window: see `decode`.
     """
     pixels, digests = np.empty((len(items), 1, size, size), np.uint8), np.empty(len(items), np.uint64)
-    levels, deep = np.zeros(256, bool), []
+    levels, deep, first = np.zeros(256, bool), [], None
     with ThreadPoolExecutor() as pool:
         read = pool.map(lambda item: decode(item.source, size, window), items)
         bar = tqdm(read, "reading images", len(items), unit="image", disable=None, leave=False)
@@ -819,13 +831,14 @@ def read_images(items, size, window=None):
             pixels[i], digests[i] = image, digest
             if used is not None:
                 levels |= used
-                deep.append(items[i].source)
+                deep.append(int(used.sum()))
+                first = first or items[i].source
     if deep and not window and levels.sum() < 64:
         used = np.flatnonzero(levels)
-        raise SystemExit(f"{deep[0]} and the like: {len(deep)} images of 16 bits have values of about "
+        raise SystemExit(f"{first} and the like: {len(deep)} images of 16 bits have values of about "
                          f"{257 * used[0]} to {257 * used[-1] + 256} of 65535, which leaves {len(used)} grey "
                          f"levels of 256. {PREPARE}")
-    return pixels, digests, len(deep) / max(1, len(items))
+    return pixels, digests, deep
 
 
 def stored(image):
@@ -838,7 +851,8 @@ def stored(image):
         return pages, "signed"
     if ";32" in raw:
         return pages, "32-bit"
-    return pages, "16-bit" if image.mode.startswith("I") or ";16" in raw else "8-bit"
+    deep = image.mode.startswith("I") or re.search("(?<!BGR);16", raw)      # BGR;16: 5 or 6 bits a colour
+    return pages, "16-bit" if deep else "8-bit"
 
 
 def values_of(image, kind):
@@ -851,11 +865,24 @@ def values_of(image, kind):
 
 def to_grey_levels(values, low, high):
     """Values of any type -> uint8: low and what is below to 0, high and what is above to 255."""
-    values = values.astype(np.float32)
+    values = values.astype(np.result_type(values.dtype, np.float32))        # 32-bit integers need float64
     values -= low
     values *= 255 / (high - low)
     np.fmin(np.fmax(values, 0, out=values), 255, out=values)                # what is not a number becomes 0
     return np.rint(values, out=values).astype(np.uint8)
+
+
+def white_is_zero(image):
+    """True for an opened TIFF whose low values are white; Pillow turns those of 8 bits itself."""
+    return getattr(image, "tag_v2", {}).get(262) == 0
+
+
+def flattened(image):
+    """An opened image of 8 bits as RGB; what is transparent becomes black."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return image.convert("RGB")
 
 
 def decode(source, size, window=None):
@@ -871,7 +898,7 @@ def decode(source, size, window=None):
         image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, {Image.MAX_IMAGE_PIXELS:,} at most")
-        pages, kind = stored(image)
+        (pages, kind), inverted = stored(image), white_is_zero(image)
         if pages > 1:
             raise SystemExit(f"{source} has {pages} pages: which of them? {PREPARE}")
         image = ImageOps.exif_transpose(image)
@@ -881,11 +908,8 @@ def decode(source, size, window=None):
                 raise SystemExit(f"{source} has {kind} values, {values.min():g} to {values.max():g}. "
                                  f"{PREPARE}")
             values = to_grey_levels(values, *window) if window else np.minimum(values // 257, 255)
-            image = Image.fromarray(values.astype(np.uint8))
-        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-        image = image.convert("RGB")
+            image = Image.fromarray(values.astype(np.uint8) ^ (255 * inverted))
+        image = flattened(image)
         red, green, blue = image.split()
         if all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue)):
             image = red

@@ -36,8 +36,8 @@ from sklearn.model_selection import GroupShuffleSplit
 from tqdm import tqdm
 
 from dia_lib import (
-    SUFFIXES, Item, decode, folder_items, name_in, number, run, split_items, stored, to_grey_levels,
-    values_of, walk, whole,
+    MASKS, SUFFIXES, Item, decode, flattened, folder_items, name_in, not_read, number, run, split_items,
+    stored, to_grey_levels, values_of, walk, white_is_zero, whole,
 )
 
 # Where a set comes from; what its download holds; folders of normals, of anomalies, where these say it all
@@ -51,7 +51,7 @@ SETS = {
     "aptos2019": ("kaggle.com/competitions/aptos2019-blindness-detection", ["train.csv", "train_images"],
                   [], []),
 }
-SCANS = SUFFIXES | {".dcm", ".dicom", ".ima", ""}          # a file without a suffix may be DICOM
+LEFT = f"folders called {', '.join(sorted(MASKS))} are not read"
 Look = namedtuple("Look", "pages convert patient")          # what a file's header says
 Page = namedtuple("Page", "pixels window invert")           # of page_of
 DEFAULTS = {"kvasir": {"shift": "perm", "t_range": [100, 200]}}             # DIA Sec. 4.1, Tab. 4
@@ -61,11 +61,11 @@ DEFAULTS = {"kvasir": {"shift": "perm", "t_range": [100, 200]}}             # DI
 
 
 def is_dicom(path):
-    """True for a DICOM file: by its suffix, or by its magic number where it has none."""
-    if path.suffix:
-        return path.suffix.lower() in SCANS - SUFFIXES
+    """True for a DICOM file: by its suffix, or its magic number where that says nothing; not a DICOMDIR."""
+    if path.suffix.lower() in SUFFIXES or path.name.upper() == "DICOMDIR":
+        return False
     with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return path.suffix.lower() in (".dcm", ".dicom") or file.read(132)[128:] == b"DICM"
 
 
 def unreadable(path, error, kind="as an image"):
@@ -90,7 +90,10 @@ def look(path):
     try:
         if is_dicom(path):
             header = dicom(path, stop_before_pixels=True)
-            return Look(int(header.get("NumberOfFrames") or 1), True, str(header.get("PatientID") or ""))
+            pages = int(header.get("NumberOfFrames") or 1)
+            if not 1 <= pages <= 100_000:
+                raise ValueError(f"it claims {pages} frames")
+            return Look(pages, True, str(header.get("PatientID") or ""))
         with Image.open(path) as image:
             pages, kind = stored(image)
             return Look(pages, kind != "8-bit" or pages > 1, "")
@@ -113,10 +116,10 @@ def page_of(path, number):
             image.seek(number)
             kind = stored(image)[1]
             if image.mode in ("F", "L") or image.mode.startswith("I"):
-                return Page(np.array(values_of(image, kind)), None, False)
+                return Page(np.array(values_of(image, kind)), None, kind != "8-bit" and white_is_zero(image))
             if kind != "8-bit":
                 raise ValueError("colours of 16 bits: make it grey, or 8-bit")
-            return Page(np.array(image.convert("RGB")), None, False)
+            return Page(np.array(flattened(image)), None, False)
     except Exception as error:
         raise unreadable(path, error) from None
 
@@ -125,6 +128,10 @@ def dicom_page(path, number):
     """`page_of` a DICOM file, after its Modality LUT."""
     header = dicom(path)
     try:
+        frames = header.get("PerFrameFunctionalGroupsSequence") or []
+        for groups in (*(header.get("SharedFunctionalGroupsSequence") or []), *frames[number:number + 1]):
+            for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):        # enhanced DICOM
+                header.update(groups[name][0] if name in groups else {})
         from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
         pixels = pixel_array(header, index=number)
         if header.get("PhotometricInterpretation") == "PALETTE COLOR":
@@ -135,11 +142,12 @@ def dicom_page(path, number):
         if pixels.ndim == 3:
             return Page(pixels, None, False)
         values, window = apply_modality_lut(pixels, header).astype(np.float64), None
-        if header.get("WindowWidth"):
+        if header.get("WindowWidth") and header.get("WindowCenter") is not None:
             centre, width = (float(np.ravel(header.get(k))[0]) for k in ("WindowCenter", "WindowWidth"))
             if header.get("VOILUTFunction", "LINEAR") == "LINEAR":          # DICOM PS3.3, C.11.2.1.2
                 centre, width = centre - 0.5, width - 1
-            window = centre - width / 2, centre + max(width, 1e-6) / 2
+            width = max(width, 1e-6)
+            window = centre - width / 2, centre + width / 2
         return Page(values, window, header.get("PhotometricInterpretation") == "MONOCHROME1")
     except Exception as error:                          # among them that a decoder is not installed
         raise unreadable(path, error, "as DICOM") from None
@@ -151,24 +159,31 @@ def to_8_bit(page, window):
     window: (low, high), or None for the page's own. What is uint8 already stays.
     """
     pixels = page.pixels
+    if pixels.dtype != np.uint8 and not (window or page.window):
+        raise SystemExit("its header names no window, those of training images do: see --window")
     if pixels.dtype != np.uint8:
         pixels = to_grey_levels(pixels, *window or page.window)
     return 255 - pixels if page.invert else pixels
 
 
 def window_of(pages):
-    """The 0.1 and 99.9 percentile of the values of pages [(path, number)], those left out that have a window
-    of their own or are uint8; None where there are no others. Up to 10,000 values of a page count.
+    """The 0.1 and 99.9 percentile of the values of pages [(path, number)]; None where all name a window of
+    their own, or are uint8. Exits where some do. Of each page 10,000 values at random count.
     """
-    values = []
+    values, without, named, draw = [], None, 0, np.random.RandomState(0)
     for path, index in tqdm(pages, "finding the window", unit="page", disable=None, leave=False):
         try:
             page = page_of(path, index)
         except SystemExit:
             continue                                                        # it will be left out, and told
         if page.window is None and page.pixels.dtype != np.uint8:
-            some = page.pixels.ravel()[::max(1, page.pixels.size // 10_000)].astype(np.float64)
+            some = page.pixels.ravel()[draw.randint(page.pixels.size, size=10_000)].astype(np.float64)
             values.append(some[np.isfinite(some)])
+            without = without or path
+        named += page.window is not None
+    if named and values:
+        raise SystemExit(f"{len(values)} of {len(values) + named} training scans name no window in their "
+                         f"header, the first is {without}: give one for all by --window LOW HIGH.")
     if not sum(map(len, values)):
         return None
     low, high = np.percentile(np.concatenate(values), [0.1, 99.9]).tolist()
@@ -216,8 +231,8 @@ def graded_items(root):
 
 
 def scans(folder):
-    """All images and scans below a folder."""
-    return [f for f in walk(folder, suffixes=SCANS) if f.suffix or is_dicom(f)]
+    """All images and DICOM files below a folder."""
+    return [f for f in walk(folder, suffixes=None) if f.suffix.lower() in SUFFIXES or is_dicom(f)]
 
 
 def layout_items(root, normal_class):
@@ -237,11 +252,12 @@ def plain_items(root, normal, anomalous):
         path = Path(os.path.normpath(root / folder))
         if not path.is_relative_to(root) or not path.is_dir():
             raise SystemExit(f"{flag}: no such folder below {root}; found: {listing(root)}.")
-        if label and path.name.lower() == "normal":
+        if label and (path.name.lower() == "normal" or path.name.startswith(".")):
             raise SystemExit(f"{flag}: a group of anomalies cannot be called {path.name}; rename the folder.")
         files = scans(path)
         if not files:
-            raise SystemExit(f"{flag}: no image below {path}; looked for {' '.join(sorted(SCANS)).strip()}.")
+            raise SystemExit(f"{flag}: no image below {path}; looked for {' '.join(sorted(SUFFIXES))} and "
+                             f"DICOM; {LEFT}.")
         items += [Item(name_in(root, f), label, path.name, f) for f in files]
         folders.append(path)
     for one, other in itertools.permutations(folders, 2):
@@ -315,11 +331,11 @@ def targets(items, looks, pages):
 
 
 def there(target, source, page):
-    """Is a target made already? A copy has the source's size; what was converted is newer."""
+    """Is a target made already, of this very source? It has the source's time, and a copy its size."""
     if not target.is_file():
         return False
     new, old = target.stat(), source.stat()
-    return new.st_size == old.st_size if page is None else new.st_mtime >= old.st_mtime
+    return new.st_mtime_ns == old.st_mtime_ns and (page is not None or new.st_size == old.st_size)
 
 
 def foreign(folder, plan):
@@ -356,8 +372,11 @@ def make(item, page, target, window):
             with whole(target) as temporary:
                 if page is None:
                     shutil.copyfile(source, temporary)
+                else:
+                    image.save(temporary, format="PNG")
+                os.utime(temporary, ns=(source.stat().st_mtime_ns,) * 2)                # see `there`
+                if page is None:
                     return digest
-                image.save(temporary, format="PNG")
         return decode(target, 8)[1]
     except SystemExit as stop:
         return str(stop).partition(": repair or remove it")[0]
@@ -366,9 +385,13 @@ def make(item, page, target, window):
 def make_all(plan, part, window):
     """Make all images in part, in parallel: {target: digest}, and {target: why it cannot be read}."""
     with ThreadPoolExecutor() as pool:
-        done = pool.map(lambda target: make(*plan[target], part / target, window), plan)
-        bar = tqdm(done, "writing", len(plan), unit="image", disable=None, leave=False)
-        found = dict(zip(plan, bar, strict=True))
+        try:
+            done = pool.map(lambda target: make(*plan[target], part / target, window), plan)
+            bar = tqdm(done, "writing", len(plan), unit="image", disable=None, leave=False)
+            found = dict(zip(plan, bar, strict=True))
+        except BaseException:                                               # stopped: begin no other image
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return ({k: v for k, v in found.items() if not isinstance(v, str)},
             {k: v for k, v in found.items() if isinstance(v, str)})
 
@@ -388,11 +411,11 @@ def named(plan, target):
     return f"{item.name}, page {page}" if page else item.name
 
 
-def note(plan, root, left_out, args, window):
-    """What prepared.json says. left_out: {source: why}."""
+def note(plan, root, left_out, args, window, other):
+    """What prepared.json says. left_out: {source: why}; other: of not_read."""
     counts = Counter("/".join(t.split("/")[:2]) for t in plan if named(plan, t) not in left_out)
-    return {"set": args.set, "source": root.name, "counts": counts, "left_out": left_out, "window": window,
-            "defaults": DEFAULTS.get(args.set, {})}
+    return {"set": args.set, "source": root.name, "counts": counts, "left_out": left_out, "not_read": other,
+            "window": window, "defaults": DEFAULTS.get(args.set, {})}
 
 
 def is_prepared(out, plan, root, args):
@@ -402,13 +425,25 @@ def is_prepared(out, plan, root, args):
     try:
         says = json.loads((out / "prepared.json").read_text())
         made = {t: plan[t] for t in plan if named(plan, t) not in says["left_out"]}
-        same = says == note(plan, root, says["left_out"], args, args.window or says["window"])
+        window = (args.window or says["window"]) if any(p is not None for _, p in plan.values()) else None
+        same = says == note(plan, root, says["left_out"], args, window, says["not_read"])
         if same and not foreign(out, made) and all(
                 there(out / target, item.source, page) for target, (item, page) in made.items()):
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass                                                                # no prepared.json of ours
     raise SystemExit(f"{out} holds other things than this command makes; remove it, or choose another OUT.")
+
+
+def regex(text):
+    """A regular expression that is not empty, or one sentence."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text}: not a regular expression ({error})") from None
+    if not text:
+        raise argparse.ArgumentTypeError("needs a regular expression, such as 'p[0-9]+'")
+    return text
 
 
 def arguments():
@@ -426,8 +461,9 @@ def arguments():
     parser.add_argument("--anomaly", nargs="+", metavar="FOLDER", help="folders of anomalies, below SOURCE")
     parser.add_argument("--test-share", type=number(float, above=0, high=0.75),
                         help="share of the normals to test on (default: 0.25)")
-    parser.add_argument("--group-by", metavar="REGEX", help="what in a file's name (below SOURCE) tells a "
-                        "patient or a part: its images stay on one side, those with an anomaly to test on")
+    parser.add_argument("--group-by", type=regex, metavar="REGEX", help="what in a file's name, "
+                        "below SOURCE, tells a patient or a part: its images stay on one side, and are to "
+                        "test on where one is an anomaly")
     parser.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="values that become "
                         "black and white in scans of more than 8 bits, for example -1000 400")
     parser.add_argument("--pages", choices=["first", "all"], help="which pages of files that have several")
@@ -444,11 +480,14 @@ def arguments():
 
 def main():
     args = arguments()
-    root, out = (Path(os.path.abspath(Path(p).expanduser())) for p in (args.source, args.out))
-    if out.resolve().is_relative_to(root.resolve()):
-        raise SystemExit(f"OUT {out} lies in SOURCE {root}: choose an OUT elsewhere.")
+    root, out = (Path(os.path.realpath(Path(p).expanduser())) for p in (args.source, args.out))
+    part = out.with_name(f"{out.name}.part")
+    if out.is_relative_to(root) or part.is_relative_to(root) or root.is_relative_to(part):
+        raise SystemExit(f"OUT {out} or {part.name} lies in SOURCE {root}: choose an OUT elsewhere.")
+    above = [root / split for split in ("train", "test")]                       # where images are looked for
     if args.normal:
         every = plain_items(root, args.normal, args.anomaly or [])
+        above = [root / folder for folder in args.normal + (args.anomaly or [])]
     else:
         items = set_items(root, args.set) if args.set else layout_items(root, args.normal_class)
         every = [item for split in items.values() for item in split]
@@ -468,7 +507,7 @@ def main():
     if both := sorted(train & test):
         print(f"warning: {len(both)} patients are in train and in test, the first is {both[0]}")
     plan = targets(items, looks, args.pages)
-    part, done = out.with_name(f"{out.name}.part"), is_prepared(out, plan, root, args)
+    done, other = is_prepared(out, plan, root, args), not_read(above, {item.source for item in every})
     if not done:
         if wrong := foreign(part, plan):
             raise SystemExit(f"{part} holds {wrong}, which this command does not make; remove it, or choose "
@@ -489,15 +528,17 @@ def main():
             print(f"left out: {name}: {why}")
         if len(left_out) > 20:
             print(f"and {len(left_out) - 20} more, in {args.out}/prepared.json")
-        says = note(plan, root, left_out, args, window if pages else None)
+        says = note(plan, root, left_out, args, window if pages else None, other)
         if not says["counts"]["train/normal"]:
-            raise SystemExit(f"{root}: no image to train on can be read.")
+            raise SystemExit(f"{root}: no image is left to train on.")
         with whole(part / "prepared.json") as temporary:
             temporary.write_text(json.dumps(says, indent=1) + "\n")
         if out.exists():
             out.rmdir()                                                     # an empty folder
         part.rename(out)
     says = json.loads((out / "prepared.json").read_text())
+    if says["not_read"]:
+        print(f"not read: {says['not_read']}")
     if says["window"]:
         print("values from {:g} to {:g} are black to white".format(*says["window"]))
     print(f"{out} {'was prepared before' if done else 'is prepared'}: "

@@ -481,8 +481,10 @@ def test_images_that_are_in_train_and_test_are_counted_and_named(tree):
 @pytest.mark.parametrize("changes, warning", [
     ({"train": lambda x: x * 0 + 7}, "constant: train/good/"),
     ({"test": lambda x: x * 0 + 7}, "12 of 12 test images are constant: test/bad/00.png, test/bad/01.png"),
-    ({"test": lambda x: np.dstack([x, x // 2, x // 3])}, "0 of {M} training images are in colour, 12 of 12"),
-    ({"train": lambda x: np.dstack([x, x // 2, x])}, "{M} of {M} training images are in colour, 0 of 12"),
+    ({"test": lambda x: np.dstack([x, x // 2, x // 3])},
+     "in colour are 0 of {M} training images, 8 of 8 normal"),
+    ({"train": lambda x: np.dstack([x, x // 2, x])},
+     "in colour are {M} of {M} training images, 0 of 8 normal"),
     ({"test": lambda x: x // 4 + 190}, "mean brightness is "),
     ({"test": lambda x: x.astype(np.uint16) * 257}, "0% of the training images have 16 bits, 100% of"),
     ({"train": lambda x: x, "test": lambda x: x}, None)])
@@ -526,7 +528,7 @@ def test_names_that_are_not_utf_8_and_jfif_are_read(tree):
     os.rename(root / "test/bad/00.png", os.fsencode(root / "test/bad") + b"/\xff00.png")
     Image.fromarray(texture(np.random.default_rng(0), 16)).save(root / "test/bad/a.jfif", "JPEG")
     paths = load_data(str(root), 16).paths
-    assert {"test/bad/?00.png", "test/bad/a.jfif"} <= set(paths) and all(p.encode() for p in paths)
+    assert {"test/bad/%ff00.png", "test/bad/a.jfif"} <= set(paths) and all(p.encode() for p in paths)
 
 
 def test_classes_that_are_called_differently_are_found_before_training(tree):
@@ -570,3 +572,39 @@ def test_several_pages_are_refused_and_hidden_colours_are_black(tmp_path):
     Image.fromarray(hidden).save(tmp_path / "hidden.png")
     pixels = decode(tmp_path / "hidden.png", 16)[0]
     assert (pixels[:, :8] == 0).all() and (pixels[:, 8:] == 200).all()
+
+
+def test_doubts_of_levels_colours_and_names(tree, tmp_path):
+    """Most of a 16-bit set dark, a few images filling it; colours of some; no normal class in test; few images."""
+    def warnings(root):
+        return [line for line in lines(root, holdout=0) if line.startswith("warning: ")]
+
+    root = tree(lambda x: x.astype(np.uint16) * 16, lambda x: x.astype(np.uint16) * 16, tmp_path / "deep")
+    for name in ("train/good/00.png", "test/good/00.png"):
+        save(root / name, np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16))
+    assert warnings(root)[1:] == [
+        "warning: 29 training images of 16 bits have fewer than 64 of 256 grey levels each; see python -m "
+        "extras.prepare",
+        "warning: 11 test images of 16 bits have fewer than 64 of 256 grey levels each; see python -m "
+        "extras.prepare"]
+    root = tree(root=tmp_path / "colours")
+    for name in ("train/good/00.png", *(f"test/bad/0{i}.png" for i in range(4))):
+        Image.new("RGB", (16, 16), (90, 200, 30 + int(name[-5]))).save(root / name)
+    assert any("in colour are 1 of 30 training images, 0 of 8 normal test images, 4 of 4 anomalous test" in text
+               for text in warnings(root))
+    root = tree(root=tmp_path / "names")
+    (root / "train/good").rename(root / "train/healthy")
+    (root / "test/good").rename(root / "test/control")
+    assert warnings(root) == ["warning: test has no folder called as the normal one in train: all 12 count as "
+                              "anomalies"]
+    root = tree(test=lambda x: x // 4 + 190, root=tmp_path / "few")
+    for path in sorted((root / "test/good").iterdir())[4:]:
+        path.unlink()
+    assert warnings(root) == []
+    bmp = tmp_path / "565.bmp"
+    header = b"BM" + (66 + 512).to_bytes(4, "little") + bytes(4) + (66).to_bytes(4, "little")
+    header += b"".join(n.to_bytes(size, "little") for n, size in (
+        (40, 4), (16, 4), (16, 4), (1, 2), (16, 2), (3, 4), (512, 4), (0, 4), (0, 4), (0, 4), (0, 4),
+        (0xF800, 4), (0x07E0, 4), (0x001F, 4)))
+    bmp.write_bytes(header + bytes(range(256)) * 2)
+    assert decode(bmp, 16)[2] is None                                           # 8 bits and less a colour

@@ -124,9 +124,10 @@ SAID = {                # name: (what is done to the folder of tiles, a line of 
     "bits": (lambda r: each(r, "test/*", lambda x: (x * 257).astype(np.uint16)),
              "warning: 0% of the training images have 16 bits, 100% of the test images"),
     "colour": (lambda r: each(r, "test/*", lambda x: np.dstack([x, x, 280 - x]).astype(np.uint8)),
-               "warning: 0 of 27 training images are in colour, 30 of 30 test images"),
+               "warning: in colour are 0 of 27 training images, 12 of 12 normal test images, 18 of 18 "
+               "anomalous test images"),
     "one coloured anomaly": (lambda r: Image.new("RGB", (40, 40), "red").save(r / "test/dent/000.png"),
-                             "warning: 0 of 27 training images are in colour, 1 of 30 test images"),
+                             "in colour are 0 of 27 training images, 0 of 12 normal test images, 1 of"),
     "bright": (lambda r: each(r, "test/*", lambda x: (x // 4 + 190).astype(np.uint8)),
                "warning: mean brightness"),
     "constant": (lambda r: each(r, "train/*", lambda x: (x * 0 + x[0, 0]).astype(np.uint8)),
@@ -180,7 +181,7 @@ def test_names_that_are_not_utf_8_come_through_all_stages(folder, tmp_path):
     os.rename(root / "train/good/000.png", os.fsencode(root / "train/good") + b"/\xfe.png")
     for module, flags in ((train_diffusion, STAGE1), (train_dia, STAGE2), (evaluate, ["--passes", 1])):
         assert call(module, "--data", root, "--out", tmp_path / "out", *flags) is None
-    assert "test/dent/?.png" in (tmp_path / "out/scores.csv").read_text(encoding="utf-8")
+    assert "test/dent/%ff.png" in (tmp_path / "out/scores.csv").read_text(encoding="utf-8")
 
 
 def test_moved_data_are_asked_for_by_their_flag(folder, tmp_path):

@@ -86,7 +86,7 @@ def test_downloads_are_taken_untouched(name, counts, tmp_path):
     assert says["counts"] == {"train/normal": len(data.train), **found} == counts
     assert [g == "normal" for g in data.groups] == [y == 0 for y in data.labels.tolist()]
     assert {k: v for k, v in says.items() if k != "counts"} == {
-        "set": name, "source": "download", "left_out": {}, "window": None,
+        "set": name, "source": "download", "left_out": {}, "not_read": "", "window": None,
         "defaults": {"shift": "perm", "t_range": [100, 200]} if name == "kvasir" else {}}
     assert data.defaults == {"shift": "rotate", "t_range": [30, 130], "image_size": 224,
                              "window": None} | says["defaults"]
@@ -119,7 +119,7 @@ def test_plain_folders_at_any_depth(scans, tmp_path):
     assert len(data.train) == 9 and Counter(data.groups) == {"normal": 3, "tumour": 3, "bleeding": 2}
     assert images(tmp_path / "out") == images(tmp_path / "scans")
     assert json.loads((tmp_path / "out/prepared.json").read_text()) == {
-        "set": None, "source": "scans", "left_out": {}, "window": None, "defaults": {},
+        "set": None, "source": "scans", "left_out": {}, "not_read": "", "window": None, "defaults": {},
         "counts": {"train/normal": 9, "test/normal": 3, "test/tumour": 3, "test/bleeding": 2}}
 
 
@@ -536,7 +536,7 @@ def test_names_that_are_not_utf_8(tmp_path, capsys):
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
     assert call(prepare, tmp_path / "set", tmp_path / "out", "--normal", "well") is None
-    assert "left out: well/?.png: " in capsys.readouterr().out
+    assert "left out: well/%fe.png: " in capsys.readouterr().out
     assert len(load_data(str(tmp_path / "out"), 24, holdout=0).train) == 3
 
 
@@ -550,3 +550,141 @@ def test_dicom_files_that_pydicom_ships(tmp_path):
         image = prepare.to_8_bit(page, None if page.window else (-800, 900))
         assert image.dtype == np.uint8 and image.std() > 10 and (image.ndim == 3) == ("color" in name)
         assert seen.pages == (30 if name == "ybr_color" else 1)
+
+
+def test_enhanced_dicom_has_its_values_and_window_in_functional_groups(tmp_path):
+    """Slope, intercept and window of all frames, or of one, as enhanced CT and MR keep them."""
+    pytest.importorskip("pydicom")
+    from pydicom.dataset import Dataset
+
+    def groups(intercept=None, centre=None):
+        ds = Dataset()
+        if intercept is not None:
+            ds.PixelValueTransformationSequence = [item := Dataset()]
+            item.RescaleIntercept, item.RescaleSlope, item.RescaleType = intercept, 2, "HU"
+        if centre is not None:
+            ds.FrameVOILUTSequence = [item := Dataset()]
+            item.WindowCenter, item.WindowWidth = centre, 401
+        return ds
+
+    frames = np.arange(2 * 24 * 24, dtype=np.uint16).reshape(2, 24, 24)
+    write_dicom(tmp_path / "a.dcm", frames, SharedFunctionalGroupsSequence=[groups(-1024, 40)],
+                PerFrameFunctionalGroupsSequence=[groups(), groups(centre=300)])
+    for i, centre in enumerate((40, 300)):
+        page = prepare.page_of(tmp_path / "a.dcm", i)
+        assert np.array_equal(page.pixels, frames[i] * 2.0 - 1024)
+        assert page.window == (centre - 200.5, centre + 199.5)
+
+
+def test_dicom_headers_that_mislead(tmp_path, capsys):
+    """Impossible frame counts, half a window, DICOMDIR, names of UIDs, mixed windows."""
+    pytest.importorskip("pydicom")
+    window = {"WindowCenter": 0, "WindowWidth": 1001}
+    for i in range(8):
+        write_dicom(tmp_path / f"set/well/1.2.840.{i}", values(i).astype(np.int16), **window)
+    write_dicom(tmp_path / "set/ill/claims.dcm", values(8).astype(np.int16), **window)
+    header = (tmp_path / "set/ill/claims.dcm").read_bytes()
+    for name, frames in (("claims", "2000000000"), ("negative", "-1")):
+        more = {"NumberOfFrames": frames, **window}
+        write_dicom(tmp_path / f"set/ill/{name}.dcm", values(8).astype(np.int16), **more)
+    (tmp_path / "set/ill/DICOMDIR").write_bytes(header)
+    write_dicom(tmp_path / "set/ill/none.dcm", values(9).astype(np.int16))
+    write_dicom(tmp_path / "set/ill/half.dcm", values(10).astype(np.int16), WindowWidth=200)
+    write_dicom(tmp_path / "set/ill/thin.dcm", values(11).astype(np.int16), WindowCenter=0, WindowWidth=0.5)
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill"]
+    assert call(prepare, *command, "--pages", "all") is None
+    says = json.loads((tmp_path / "out/prepared.json").read_text())
+    assert says["counts"] == {"train/normal": 6, "test/normal": 2, "test/ill": 1}
+    assert says["not_read"] == "1 other in ill" and "not read: 1 other in ill" in capsys.readouterr().out
+    assert {name: why.split(" (")[-1] for name, why in says["left_out"].items()} == {
+        "ill/claims.dcm": "it claims 2000000000 frames)", "ill/negative.dcm": "it claims -1 frames)",
+        **{f"ill/{name}.dcm": "its header names no window, those of training images do: see --window"
+           for name in ("none", "half")}}
+    thin = np.asarray(Image.open(tmp_path / "out/test/ill/thin.dcm.png"))
+    assert np.array_equal(thin > 0, values(11).astype(np.int16) >= 0)
+    write_dicom(tmp_path / "set/well/1.2.840.3", values(3).astype(np.int16))
+    command[1] = tmp_path / "mixed"
+    assert "name no window in their header, the first is" in call(prepare, *command, "--pages", "all")
+    assert call(prepare, *command, "--pages", "all", "--window", -1000, 400) is None
+
+
+def test_what_is_not_read_is_counted(scans, tmp_path, capsys):
+    make(tmp_path / "scans", "site a/day 1/healthy 1_mask.png", "site a/masks/1.png",
+         "ill/tumour/0_Mask_1.png")
+    for name in ("site a/volume.nii.gz", "bleeding/film.gif", "elsewhere.txt"):
+        (tmp_path / "scans" / name).write_bytes(b"?")
+    assert call(prepare, *scans) is None
+    counted = ("1 .gif in bleeding; 1 .gz in site a; 1 .png in site a/day 1; 1 .png in site a/masks; "
+               "1 .png in tumour")
+    assert f"not read: {counted}\n" in capsys.readouterr().out
+    says = json.loads((tmp_path / "out/prepared.json").read_text())
+    assert says["not_read"] == counted and sum(says["counts"].values()) == 17
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_source_that_has_changed_is_seen(suffix, tmp_path):
+    """Also where the new file has the same size and an older time, as unzip leaves it."""
+    def write(i, seed, age):
+        path = tmp_path / f"set/well/{i}{suffix}"
+        pixels = texture(np.random.default_rng(seed), 24)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.float32) if suffix == ".tif" else pixels).save(path, **{
+            ".png": {"compress_level": 0}, ".tif": {}}[suffix])
+        os.utime(path, ns=(10 ** 18 - age * 10 ** 9,) * 2)
+
+    for i in range(8):
+        write(i, i, 0)
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--window", 0, 255]
+    assert call(prepare, *command) is None and call(prepare, *command) is None
+    before = contents(tmp_path / "out")
+    write(3, 33, 100)
+    assert "holds other things" in call(prepare, *command)
+    (tmp_path / "out").rename(tmp_path / "out.part")                            # as if it had been stopped
+    (tmp_path / "out.part/prepared.json").write_text('{"window": [0.0, 255.0]}')
+    assert call(prepare, *command) is None
+    after = contents(tmp_path / "out")
+    assert [name for name in after if after[name] != before[name]] == [
+        name for name in after if Path(name).name.startswith("3.")]
+
+
+def test_the_window_is_of_all_columns_and_large_values_keep_their_steps(tmp_path):
+    band = np.full((200, 1000), 1000, np.float32)
+    band[:, 50:90] = 30000
+    tiff(tmp_path / "band.tif", band)
+    assert prepare.window_of([(tmp_path / "band.tif", 0)]) == [1000, 30000]
+    large = (np.arange(256, dtype=np.uint32) + 2 ** 31).reshape(16, 16)
+    page = prepare.Page(large, None, False)
+    assert np.array_equal(prepare.to_8_bit(page, (2 ** 31, 2 ** 31 + 255)), np.arange(256).reshape(16, 16))
+
+
+def test_white_may_be_zero_and_pages_may_hide_colours(tmp_path):
+    grey = texture(np.random.default_rng(0), 24)
+    Image.fromarray(grey).save(tmp_path / "8.tif", tiffinfo={262: 0})                       # Pillow turns these
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.tif", tiffinfo={262: 0})
+    assert np.array_equal(decode(tmp_path / "8.tif", 24)[0][0], grey)
+    assert np.array_equal(decode(tmp_path / "16.tif", 24)[0][0], 255 - grey)
+    page = prepare.page_of(tmp_path / "16.tif", 0)
+    assert np.array_equal(prepare.to_8_bit(page, (0, 65535)), 255 - grey)
+    assert np.array_equal(prepare.page_of(tmp_path / "8.tif", 0).pixels, grey)
+    hidden = Image.new("RGBA", (24, 24), (200, 200, 200, 0))
+    hidden.save(tmp_path / "hidden.tif", save_all=True, append_images=[hidden])
+    assert prepare.page_of(tmp_path / "hidden.tif", 1).pixels.max() == 0
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--normal", "well", "--group-by", "("], "not a regular expression"),
+    (["--normal", "well", "--group-by", ""], "needs a regular expression"),
+    (["--normal", "mask"], "folders called ground_truth, groundtruth, gt, mask, masks are not read"),
+    (["--normal", "well", "--anomaly", ".x"], "cannot be called .x")])
+def test_more_wrong_flags(words, said, tmp_path):
+    make(tmp_path / "set", *(f"{name}/{i}.png" for name in ("well", "mask", ".x") for i in range(4)))
+    told = call(prepare, tmp_path / "set", tmp_path / "out", *words)
+    assert said in told and "\n" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_called_as_what_is_being_made_is_not_touched(tmp_path):
+    make(tmp_path / "a.part", *(f"well/{i}.png" for i in range(4)))
+    before = contents(tmp_path)
+    assert "choose an OUT elsewhere" in call(prepare, tmp_path / "a.part", tmp_path / "a", "--normal", "well")
+    assert contents(tmp_path) == before
