@@ -575,7 +575,7 @@ def test_several_pages_are_refused_and_hidden_colours_are_black(tmp_path):
 
 
 def test_doubts_of_levels_colours_and_names(tree, tmp_path):
-    """Most of a 16-bit set dark, a few images filling it; colours of some; no normal class in test; few images."""
+    """A 16-bit set that is dark but for one image; colours of some; no normal class in test; few images."""
     def warnings(root):
         return [line for line in lines(root, holdout=0) if line.startswith("warning: ")]
 
@@ -590,13 +590,13 @@ def test_doubts_of_levels_colours_and_names(tree, tmp_path):
     root = tree(root=tmp_path / "colours")
     for name in ("train/good/00.png", *(f"test/bad/0{i}.png" for i in range(4))):
         Image.new("RGB", (16, 16), (90, 200, 30 + int(name[-5]))).save(root / name)
-    assert any("in colour are 1 of 30 training images, 0 of 8 normal test images, 4 of 4 anomalous test" in text
-               for text in warnings(root))
+    said = "in colour are 1 of 30 training images, 0 of 8 normal test images, 4 of 4 anomalous test images"
+    assert f"warning: {said}" in warnings(root)
     root = tree(root=tmp_path / "names")
     (root / "train/good").rename(root / "train/healthy")
     (root / "test/good").rename(root / "test/control")
-    assert warnings(root) == ["warning: test has no folder called as the normal one in train: all 12 count as "
-                              "anomalies"]
+    said = "test has no folder called as the normal one in train: all 12 count as anomalies"
+    assert warnings(root) == [f"warning: {said}"]
     root = tree(test=lambda x: x // 4 + 190, root=tmp_path / "few")
     for path in sorted((root / "test/good").iterdir())[4:]:
         path.unlink()

@@ -659,7 +659,7 @@ def test_the_window_is_of_all_columns_and_large_values_keep_their_steps(tmp_path
 
 def test_white_may_be_zero_and_pages_may_hide_colours(tmp_path):
     grey = texture(np.random.default_rng(0), 24)
-    Image.fromarray(grey).save(tmp_path / "8.tif", tiffinfo={262: 0})                       # Pillow turns these
+    Image.fromarray(grey).save(tmp_path / "8.tif", tiffinfo={262: 0})                   # Pillow turns these
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.tif", tiffinfo={262: 0})
     assert np.array_equal(decode(tmp_path / "8.tif", 24)[0][0], grey)
     assert np.array_equal(decode(tmp_path / "16.tif", 24)[0][0], 255 - grey)
