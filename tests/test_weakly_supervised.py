@@ -116,7 +116,8 @@ def test_labels_come_from_the_training_folder_where_it_has_any(tiny, folder, tmp
         rng = np.random.default_rng(50 + i)
         Image.fromarray(texture(rng, 40, True)).save(root / f"train/dent/{i}.png")
     args = ["--data", root, *tiny[2:], "--epochs", 2]
-    for name, more in zip("abc", (["--shots", 3], ["--shots", 3, "--seed", 1], ["--labelled", "10%"])):
+    words = {"a": ["--shots", 3], "b": ["--shots", 3, "--seed", 1], "c": ["--labelled", "10%"]}
+    for name, more in words.items():
         assert call(wscxr, *args, *more, "--out", tmp_path / name) is None
     metrics = {name: json.loads((tmp_path / name / "metrics.json").read_text()) for name in "abc"}
     assert all(m["anomalies"] == 18 and m["normals"] == 12 for m in metrics.values())
