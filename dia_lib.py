@@ -513,6 +513,7 @@ class Data:
     names: dict             # {"train": M names, "held": n names}
     deep: dict              # {"train", "test": of each image of 16 bits, how many of 256 grey levels it has}
     left_out: str           # what else lies in the folder, in words
+    labelled: list          # Items of anomalies beside the training normals, not read
     digests: dict           # {"train": (M,), "held": (n,), "test": (Q,)} int64
     fingerprint: str        # of the training images
     defaults: dict          # shift, t_range, image_size; window: what extras.prepare made black and white
@@ -522,10 +523,11 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     """Load a set by name, an npz file in MedMNIST's format, or a folder in MVTec's or ImageFolder's layout.
 
     image_size: pixels of the square that images are brought to; None for the set's own. Arrays of an npz file
-    are never enlarged.  splits: ("train",) reads no test images; where there are none, Q is 0.  holdout:
-    share of the training normals set aside, by a hash of their pixels; where an npz file has a val split, its
-    normals are set aside instead. The order of training images depends on their pixels alone.  Exits with a
-    sentence where data are not as expected.
+    are never enlarged.  splits: ("train",) reads no test images; without any, Q is 0. "labelled" lists the
+    anomalies beside the training normals, and reads none.  holdout: share of the training normals set
+    aside, by a hash of their pixels; where an npz file has a val split, its normals are set aside instead.
+    The order of training images depends on their pixels alone.  Exits with a sentence where data are not as
+    expected.
     """
     path, defaults = Path(data).expanduser(), {"shift": "rotate", "t_range": [30, 130], "image_size": 224}
     defaults["window"], left_out = None, ""
@@ -538,7 +540,8 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
         defaults["image_size"], image_size = min(native, 224), min(image_size or 224, native)
     elif path.is_dir():
         items = folder_items(path, splits, normal_class)
-        left_out = not_read([path / split for split in items], {i.source for s in items.values() for i in s})
+        known = {item.source for split in items.values() for item in split}
+        left_out = not_read([path / split for split in items if split != "labelled"], known)
         if (path / "prepared.json").is_file():                              # of extras/prepare.py
             try:
                 says = json.loads((path / "prepared.json").read_text())
@@ -571,6 +574,7 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
                 labels=torch.tensor([i.label for i in test], dtype=torch.int64),
                 groups=[i.group for i in test], paths=[i.name for i in test], names=names,
                 deep={"train": deep, "test": test_deep}, left_out=left_out,
+                labelled=items.get("labelled", []),
                 digests={k: torch.from_numpy(v.view(np.int64)) for k, v in each.items()},
                 fingerprint=hashlib.sha256(digests.tobytes()).hexdigest(), defaults=defaults)
 
@@ -716,7 +720,8 @@ def npz_items(path, splits, normal):
             raise SystemExit(f"{path}: {large[0].filename} would unpack from {large[0].compress_size} to "
                              f"{large[0].file_size} bytes: not read.")
         with np.load(path) as file:
-            splits = [*splits, *(["val"] if "val_images" in file else [])]
+            wanted, splits = splits, [s for s in ("train", "test") if s in splits]
+            splits += ["val"] if "val_images" in file else []
             missing = {f"{s}_{what}" for s in splits for what in ("images", "labels")} - set(file)
             if missing:
                 raise SystemExit(f"{path}: no {', '.join(sorted(missing))}; found {', '.join(file)}. Needed: "
@@ -740,6 +745,10 @@ def npz_items(path, splits, normal):
         if not items[split]:
             raise SystemExit(f"{path}: no {split} image has the normal label {normal}; labels found: "
                              f"{', '.join(map(str, sorted(set(labels)))) or 'none'}.")
+    if "labelled" in wanted:
+        items["labelled"] = [Item(f"train/{i:06d}", 1, str(int(y)), image) for i, (image, y) in
+                             enumerate(zip(arrays["train"][0], arrays["train"][1].flat, strict=True))
+                             if y != normal]
     return items
 
 
@@ -774,6 +783,9 @@ def folder_items(root, splits, normal_class, files_of=None):
         raise SystemExit(f"{test}: no folder {normal[0]}, which is the normal class in {train}; found "
                          f"{', '.join(groups)}. Is it {alike[0]}? Give both folders the same name.")
     items = {"train": [Item(name_in(root, f), 0, "", f) for f in files_of(train / normal[0])]}
+    if "labelled" in splits:
+        items["labelled"] = [Item(name_in(root, f), 1, c, f)
+                             for c in classes if c != normal[0] for f in files_of(train / c)]
     if "test" in splits:
         items["test"] = [Item(name_in(root, f), int(c != normal[0]), c, f)
                          for c in groups for f in files_of(test / c)]

@@ -237,11 +237,8 @@ def scans(folder):
 
 def layout_items(root, normal_class):
     """Items of a folder with train/ and test/, by split; anomalies in train/ stay there."""
-    items = folder_items(root, ("train", "test"), normal_class, scans)
-    normal = items["train"][0].name.split("/")[1]
-    others = [g for g in sorted((root / "train").iterdir()) if g.is_dir() and g.name != normal]
-    items["train"] += [Item(name_in(root, f), 1, group.name, f) for group in others for f in scans(group)]
-    return items
+    items = folder_items(root, ("train", "labelled", "test"), normal_class, scans)
+    return {"train": items["train"] + items["labelled"], "test": items["test"]}
 
 
 def plain_items(root, normal, anomalous):

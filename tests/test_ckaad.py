@@ -224,9 +224,9 @@ def test_scores_and_maps_are_those_of_the_reconstructions():
 
 @pytest.mark.parametrize("text", ["5", "0%", "100%", "-1%", "many%", "nan%"])
 def test_a_share_is_per_cent(text):
-    assert ckaad.percent("5%") == 0.05 and ckaad.percent("0.1%") == 0.001
+    assert common.percent("5%") == 0.05 and common.percent("0.1%") == 0.001
     with pytest.raises(ArgumentTypeError, match="as 5%"):
-        ckaad.percent(text)
+        common.percent(text)
 
 
 def test_distorted_images_are_moved_by_a_share_of_their_side():

@@ -4,17 +4,20 @@ import csv
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import call
+from conftest import call, texture
 from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
+from test_data import medmnist
 from torch import nn
 
+import dia_lib
 from dia_lib import load_checkpoint, load_encoder, to_float
 from extras.predict import local_features
 from weakly_supervised import backbones, common, nearest, results, wscxr
@@ -89,18 +92,49 @@ def test_hinge_has_its_closed_form():
 
 
 def test_shots_are_drawn_as_dra_does():
-    labels, groups = np.array([0, 1] * 20), ["a", "b", "c", "d"] * 10
-    chosen = common.draw_shots(labels, groups, 5, 3)
-    order = np.flatnonzero(labels).tolist()
+    groups, order = ["b", "d"] * 10, list(range(20))
     np.random.RandomState(3).shuffle(order)                  # DRA's words; more shots are the same and others
-    assert chosen.tolist() == order[:5] and common.draw_shots(labels, groups, 9, 3).tolist() == order[:9]
-    assert set(common.draw_shots(labels, groups, 9, 0, "d")) < set(range(3, 40, 4))
-    for shots, group, said in ((20, None, "from 1 to 19"), (0, None, "from 1 to 19"),
+    assert common.draw_shots(groups, 5, 3).tolist() == order[:5]
+    assert common.draw_shots(groups, 9, 3).tolist() == order[:9]
+    assert set(common.draw_shots(groups, 9, 0, "d")) < set(range(1, 20, 2))
+    for shots, group, said in ((20, None, "from 1 to 19, to leave some"), (0, None, "from 1 to 19"),
                                (10, "b", "from 1 to 9"), (1, "x", "are b, d")):
         with pytest.raises(SystemExit, match=said):
-            common.draw_shots(labels, groups, shots, 0, group)
+            common.draw_shots(groups, shots, 0, group)
     with pytest.raises(SystemExit, match="another one to test on"):
-        common.draw_shots(labels, ["a"] * 40, 1, 0, "a")
+        common.draw_shots(["a"] * 20, 1, 0, "a")
+    assert sorted(common.draw_shots(["a"] * 20, 20, 0, "a", tested=False)) == sorted(order)
+    with pytest.raises(SystemExit, match="from 1 to 20[.]"):
+        common.draw_shots(groups, 21, 0, tested=False)
+
+
+def test_labels_come_from_the_training_folder_where_it_has_any(tiny, folder, tmp_path, capsys):
+    """All test images are tested on; an npz file's train anomalies serve as well; the draw is by the seed."""
+    root = shutil.copytree(folder, tmp_path / "set")
+    for i in range(8):
+        (root / "train/dent").mkdir(exist_ok=True)
+        rng = np.random.default_rng(50 + i)
+        Image.fromarray(texture(rng, 40, True)).save(root / f"train/dent/{i}.png")
+    args = ["--data", root, *tiny[2:], "--epochs", 2]
+    words = {"a": ["--shots", 3], "b": ["--shots", 3, "--seed", 1], "c": ["--labelled", "10%"]}
+    for name, more in words.items():
+        assert call(wscxr, *args, *more, "--out", tmp_path / name) is None
+    metrics = {name: json.loads((tmp_path / name / "metrics.json").read_text()) for name in "abc"}
+    assert all(m["anomalies"] == 18 and m["normals"] == 12 for m in metrics.values())
+    assert all(path.startswith("train/dent/") for m in metrics.values() for path in m["shots"])
+    drawn = [f"train/dent/{i}.png" for i in common.draw_shots(["dent"] * 8, 3, 0, tested=False)]
+    assert metrics["a"]["shots"] == drawn != metrics["b"]["shots"]
+    M = len(dia_lib.load_data(str(root), 40, holdout=0.3).train)
+    assert len(metrics["c"]["shots"]) == round(M / 0.9 - M)
+    printed = capsys.readouterr().out
+    assert "3 labelled anomalies of 8 in train, " in printed and "not read" not in printed
+    assert "from 1 to 8." in call(wscxr, *args, "--shots", 9, "--out", tmp_path / "d")
+    path = medmnist(tmp_path / "pneumoniamnist.npz")
+    images, labels = (np.load(path)[f"train_{what}"] for what in ("images", "labels"))
+    data = dia_lib.load_data(str(path), 28, ("train", "labelled", "test"))
+    assert [i.name for i in data.labelled] == [f"train/{i:06d}" for i in np.flatnonzero(labels)]
+    assert all(np.array_equal(i.source, images[int(i.name[6:])]) for i in data.labelled)
+    assert dia_lib.load_data(str(path), 28).labelled == []
 
 
 def test_youden_takes_the_best_difference_of_rates():

@@ -9,10 +9,8 @@ between its features and their reconstruction.
 if __name__ == "__main__" and not __package__:
     raise SystemExit("Run it as python -m weakly_supervised.ckaad, in the project's folder.")
 
-import argparse
 import itertools
 import math
-import re
 
 import numpy as np
 import torch
@@ -261,20 +259,8 @@ def train(setting, model, normals, anomalies, out):
     return model.eval()
 
 
-def percent(text):
-    """"5%" -> 0.05."""
-    found = re.fullmatch(r"(\d*\.?\d+)%", text)
-    if not found or not 0 < float(found[1]) < 100:
-        raise argparse.ArgumentTypeError(f"{text}: needs a share above 0% and below 100%, as 5%")
-    return float(found[1]) / 100
-
-
 def main():
     parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], size=160))
-    parser.set_defaults(shots=None)                           # 10 where neither they nor --labelled are given
-    parser.add_argument("--labelled", type=percent, nargs="+", metavar="P%",
-                        help="labelled anomalies, as shares of the training images, instead of --shots: 5%% "
-                        "of 1,024 normals are 54 (default: none)")
     parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies "
                         "serve for: nothing (recon), to be reconstructed badly, or one of three adversarial "
                         "losses (default: patch)")
@@ -294,17 +280,11 @@ def main():
     check_batch(args.batch_size, len(data.train))
     if args.layers != list(range(args.layers[0], args.layers[-1] + 1)):
         raise SystemExit(f"--layers {' '.join(map(str, args.layers))}: needs neighbours, as 2 3.")
-    if args.labelled:
-        if args.shots:
-            raise SystemExit("--labelled and --shots say the same: leave one of them out.")
-        normals = len(data.train)
-        args.shots = [max(1, round(normals / (1 - share) - normals)) for share in args.labelled]
     if args.strategy == "recon":                                            # is tested on all
-        if args.shots:
+        if args.shots or args.labelled:
             raise SystemExit("--strategy recon learns from no labelled anomaly: leave --shots and --labelled "
                              "out.")
         args.shots = [0]
-    args.shots = args.shots or [10]
     runs = runs_of(setting, none=True)
     blank = torch.zeros(1, setting.backbone.channels, setting.size, setting.size, device=setting.device)
     sides = [found.shape[2] for found in setting.backbone(blank, args.layers)]
@@ -314,20 +294,22 @@ def main():
                          f"{', '.join(map(str, sides))}; each must be half the one before, and the last even "
                          f"and at least 4: take a multiple of {unit}, from {2 * unit} on.")
     setting.say(f"strategy {args.strategy}", f"{args.epochs} epochs")
-    maps, test = setting.begin()
+    maps = setting.begin()
     some = [array[::-(-len(array) // 64)].astype(np.float32) for array in maps]           # of up to 64 images
     signed, sizes = any((m < 0).any() for m in some), [float(np.square(m).mean() ** 0.5) for m in some]
-    for out, chosen in runs:
-        metrics = results_of(setting, out, len(chosen))
+    for out, shots in runs:
+        metrics = results_of(setting, out, len(shots.images))
         if metrics:
             continue
-        anomalies = [array[chosen] for array in test]
-        if not len(chosen) and args.strategy != "recon":
-            anomalies = setting.features(distorted(data.train, args.seed), "distorted images")
+        if args.strategy == "recon":
+            anomalies = [array[:0] for array in maps]
+        else:
+            images = shots.images if len(shots.images) else distorted(data.train, args.seed)
+            anomalies = setting.features(images, "anomalies")
         torch.manual_seed(args.seed)                                        # the first weights
         model = CKAAD([array.shape[1] for array in maps], args.strategy, signed, sizes).to(setting.device)
         model = train(setting, model, maps, anomalies, out)
-        metrics = finish(setting, scorer(setting, model), out, chosen)
+        metrics = finish(setting, scorer(setting, model), out, shots)
     print(f"auroc {metrics['auroc']:.4f}")
 
 

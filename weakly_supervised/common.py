@@ -1,9 +1,12 @@
 """What the methods of this folder share: flags, labelled anomalies, patch features, metrics, heat maps."""
 
+import argparse
 import csv
 import json
 import math
+import re
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from dia_lib import (
     Log, check_weights, data_name, decode, found, load_checkpoint, load_data, make_parser, number,
-    pick_device, precision, save_checkpoint, save_grid, send, shared_flags, step_generator, to_float, whole,
+    pick_device, precision, read_images, save_checkpoint, save_grid, send, shared_flags, step_generator,
+    to_float, whole,
 )
 from evaluate import measure, tell
 from extras.choose import synthetic_defects
@@ -55,12 +59,23 @@ def flags(description, layers, aggregate=None, size=256):
 
 def shots_flags(parser):
     """The flags of methods that learn from labelled anomalies; returns the parser."""
-    parser.add_argument("--shots", type=int, default=[10], nargs="+", metavar="N",
+    parser.add_argument("--shots", type=int, nargs="+", metavar="N",
                         help="labelled anomalies to learn from; several numbers: one run each, in "
                         "OUT/shots-N (default: 10)")
+    parser.add_argument("--labelled", type=percent, nargs="+", metavar="P%",
+                        help="labelled anomalies, as shares of all training images, instead of --shots: 5%% "
+                        "are 54 beside 1,024 normals")
     parser.add_argument("--anomaly-class", metavar="GROUP", help="draw them from this group of anomalies "
                         "alone, and report on the others (default: from all)")
     return parser
+
+
+def percent(text):
+    """"5%" -> 0.05."""
+    found = re.fullmatch(r"(\d*\.?\d+)%", text)
+    if not found or not 0 < float(found[1]) < 100:
+        raise argparse.ArgumentTypeError(f"{text}: needs a share above 0% and below 100%, as 5%")
+    return float(found[1]) / 100
 
 
 class Setting:
@@ -80,7 +95,8 @@ class Setting:
         self.device = pick_device(args.device)
         self.backbone = load_backbone(args.backbone, args.weights, self.device)
         self.size = args.image_size = args.image_size or self.backbone.size or size
-        self.data = load_data(args.data, self.size, ("train", "test"), args.holdout, args.normal_class)
+        self.data = load_data(args.data, self.size, ("train", "labelled", "test"), args.holdout,
+                              args.normal_class)
         self.labels = self.data.labels.numpy()
         run = self.backbone.fingerprint
         if run and run != self.data.fingerprint:
@@ -93,7 +109,9 @@ class Setting:
         """Print what was found, and what is about to be done."""
         args, shots = self.args, ", ".join(map(str, getattr(self.args, "shots", ["no"])))
         words = ", ".join([" ".join(map(str, args.layers)), *words, f"seed {args.seed}"])
-        print(f"{found(self.data)}\n{self.method}, {shots} labelled anomalies, {args.backbone} at "
+        of = "" if shots == "no" else f" of {len(self.data.labelled):,} in train" if self.data.labelled else (
+            " of the test set")
+        print(f"{found(self.data)}\n{self.method}, {shots} labelled anomalies{of}, {args.backbone} at "
               f"{self.size} px, layers {words}; {precision(self.device)}", flush=True)
 
     def features(self, images, name=None):
@@ -101,13 +119,13 @@ class Setting:
         return features(self.backbone, images, self.args.layers, self.size, self.device, name=name)
 
     def begin(self):
-        """Feature maps of the training and of the test images; then the clock of "seconds" starts."""
+        """Feature maps of all images, of which it returns the training ones'; starts the clock "seconds"."""
         train = self.features(self.data.train, "training images")
         if len(self.data.held):
             self.features(self.data.held)
-        test = self.features(self.data.test, "test images")
+        self.features(self.data.test, "test images")
         self.begun = time.perf_counter()
-        return train, test
+        return train
 
     def patches(self, maps, rows):
         """Patch features of some images, (n, P, C) float32 on the device; maps, rows: as for `load`."""
@@ -139,17 +157,35 @@ def refuse_results(folder):
         raise SystemExit(f"{folder} holds results already. Choose another folder with --out, or remove it.")
 
 
-def runs_of(setting, none=False):
-    """[(folder, indices of the labelled anomalies)] for each of --shots.
+Shots = namedtuple("Shots", "images paths tested")      # (n, C, H, W) uint8; n names; rows in the test set
 
-    The folder is OUT, or OUT/shots-N if there are several.  none: --shots 0 is allowed.  Exits where they
-    cannot be drawn, or a folder holds a run already and --resume is not given.
+
+def runs_of(setting, none=False):
+    """[(folder, Shots)] for each of --shots or --labelled.
+
+    The folder is OUT, or OUT/shots-N if there are several. Labelled anomalies come from the training part of
+    the set where it has any, else from the test set.  none: --shots 0 is allowed.  Exits where they cannot be
+    drawn, or a folder holds a run already and --resume is not given.
     """
     args, data, runs = setting.args, setting.data, []
-    shots = args.shots = sorted(set(args.shots))
+    if args.labelled:
+        if args.shots:
+            raise SystemExit("--labelled and --shots say the same: leave one of them out.")
+        M = len(data.train)
+        args.shots = [max(1, round(M / (1 - share) - M)) for share in args.labelled]
+    shots = args.shots = sorted(set(args.shots or [10]))
+    anomalies = np.flatnonzero(setting.labels == 1)
+    groups = [i.group for i in data.labelled] or [data.groups[i] for i in anomalies]
     for n in shots:
         out = setting.out / f"shots-{n}" if len(shots) > 1 else setting.out
-        chosen = draw_shots(setting.labels, data.groups, n, args.seed, args.anomaly_class, 0 if none else 1)
+        chosen = draw_shots(groups, n, args.seed, args.anomaly_class, 0 if none else 1, not data.labelled)
+        if data.labelled:
+            items = [data.labelled[i] for i in chosen]
+            images = torch.from_numpy(read_images(items, data.train.shape[-1])[0])
+            chosen = Shots(images, [i.name for i in items], [])
+        else:
+            chosen = anomalies[chosen]
+            chosen = Shots(data.test[torch.from_numpy(chosen)], [data.paths[i] for i in chosen], chosen)
         if not getattr(args, "resume", False):
             refuse_results(out)
             if "resume" in args and (out / f"{setting.method}.pt").exists():
@@ -226,25 +262,25 @@ def patch_features(maps, aggregate):
     return F.avg_pool2d(x, aggregate, 1, aggregate // 2).flatten(2).transpose(1, 2)
 
 
-def draw_shots(labels, groups, shots, seed, anomaly_class=None, least=1):
-    """Indices into the test set, (shots,), of labelled anomalies to train on. labels: (Q,); groups: Q names.
+def draw_shots(groups, shots, seed, anomaly_class=None, least=1, tested=True):
+    """Indices (shots,) of the labelled anomalies to train on, of n anomalies. groups: n names.
 
     As in DRA (arXiv:2203.14506) all anomalies, of one group with anomaly_class, are shuffled by
     RandomState(seed), and the first ones taken. Exits where there are too few, fewer than `least` are asked
-    for, or there is no such group.
+    for, or there is no such group.  tested: they are of the test set, which has to keep some.
     """
-    anomalies = np.flatnonzero(labels == 1)
-    known = sorted({groups[i] for i in anomalies})
+    anomalies, known = np.arange(len(groups)), sorted(set(groups))
     if anomaly_class is not None:
-        if anomaly_class not in known or len(known) < 2:
+        if anomaly_class not in known or tested and len(known) < 2:
             raise SystemExit(f"--anomaly-class {anomaly_class}: the groups of anomalies are "
                              f"{', '.join(known) or 'none'}"
                              f"{'; there must be another one to test on' if anomaly_class in known else ''}.")
         anomalies = np.array([i for i in anomalies if groups[i] == anomaly_class])
-    if not least <= shots < len(anomalies):
+    most = len(anomalies) - tested
+    if not least <= shots <= most:
         within = f" in {anomaly_class}" if anomaly_class else ""
         raise SystemExit(f"{shots} labelled anomalies are asked for, and there are {len(anomalies)}{within}: "
-                         f"it must be from {least} to {len(anomalies) - 1}, to leave some to test on.")
+                         f"it must be from {least} to {most}{', to leave some to test on' * tested}.")
     return np.random.RandomState(seed).permutation(anomalies)[:shots]
 
 
@@ -316,14 +352,14 @@ def finish(setting, score, out=None, shots=None, **more):
     """Score held-out and test images, write and print the results; return metrics.
 
     score: images (n, C, H, W) uint8 -> their scores (n,) and, for pictures, those of their patches (n, P), on
-    the CPU.  out: another folder than the setting's.  shots: indices of the test images that were trained on,
-    which are left out.  more: further entries of metrics.json.
+    the CPU.  out: another folder than the setting's.  shots: the Shots that were trained on; those of the
+    test set are left out.  more: further entries of metrics.json.
     """
     data, args, out = setting.data, setting.args, out or setting.out
     held, held_maps = score(data.held)
     calibration = held[data.calibration].numpy()
     n, undecided = len(calibration), impossible(len(calibration), args.fpr)
-    test = np.setdiff1d(np.arange(len(data.labels)), [] if shots is None else shots)
+    test = np.setdiff1d(np.arange(len(data.labels)), shots.tested if shots else [])
     scores, maps = score(data.test)                                                             # (Q,), (Q, P)
     scores, labels, groups, apart = scores.numpy(), setting.labels, np.array(data.groups), {}
     if getattr(args, "anomaly_class", None):                   # DRA's hard setting: anomalies of other groups
@@ -339,7 +375,7 @@ def finish(setting, score, out=None, shots=None, **more):
         "val_auroc": validate(setting, score, held[~data.calibration]), **more,
         "f1_at_fpr": f1, "accuracy_at_fpr": accuracy,
         "f1_threshold_chosen_on_test": best_f1, "accuracy_threshold_chosen_on_test": best_accuracy,
-        "shots": [] if shots is None else [data.paths[i] for i in shots],
+        "shots": shots.paths if shots else [],
         "settings": {**vars(args), "out": str(out), "method": setting.method, "changed": setting.changed,
                      "fingerprint": data.fingerprint},
         "seconds": round(time.perf_counter() - setting.begun, 1), "processor": processor(setting.device)}

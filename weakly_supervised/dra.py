@@ -299,8 +299,8 @@ def main():
     references = rotate(data.train[picked] / 255, turns)         # clean, and the same in training and testing
     setting.say(f"heads {', '.join(args.heads)}", f"{args.epochs * STEPS} steps of {args.batch_size}")
     backbone, fresh = setting.backbone, {k: v.clone() for k, v in setting.backbone.state_dict().items()}
-    for out, chosen in runs:
-        metrics = results_of(setting, out, len(chosen))
+    for out, shots in runs:
+        metrics = results_of(setting, out, len(shots.images))
         if metrics:
             continue
         torch.manual_seed(args.seed)                                        # the heads' first weights
@@ -308,8 +308,8 @@ def main():
         model = DRA(backbone.eval(), args.layers[0], to_channels(references, backbone.channels), args.heads,
                     args.scales, setting.size)
         model.to(setting.device, memory_format=torch.channels_last)
-        model = train(setting, model, references, data.test[torch.from_numpy(chosen)], out)
-        metrics = finish(setting, scorer(setting, model, references), out, chosen)
+        model = train(setting, model, references, shots.images, out)
+        metrics = finish(setting, scorer(setting, model, references), out, shots)
     print(f"auroc {metrics['auroc']:.4f}")
 
 

@@ -56,7 +56,7 @@ def main():
     setting = Setting(parser, "nearest")
     args = setting.args
     setting.say()
-    maps, _ = setting.begin()
+    maps = setting.begin()
     memory = sample(setting, maps, args.patches, args.seed)
     if args.coreset < 1:
         generator = step_generator("cpu", args.seed, "coreset", 0)

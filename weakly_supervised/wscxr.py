@@ -104,21 +104,21 @@ def main():
     check_batch(args.batch_size, len(data.train))
     runs = runs_of(setting)
     setting.say(f"{args.epochs} epochs")
-    maps, test = setting.begin()
+    maps = setting.begin()
     first = setting.patches(maps, slice(0, 1))
     normal = torch.empty(len(data.train), *first.shape[1:], dtype=torch.float16)  # (M, P, C), 0.3 MB an image
     for part, x in zip(normal.split(16), setting.batches(maps), strict=True):
         part.copy_(x)
     known = sample(setting, maps, args.patches, args.seed) if args.mining else None
-    for out, chosen in runs:
+    for out, shots in runs:
         setting.begun = time.perf_counter()
-        anomalous = setting.patches(test, chosen).flatten(0, 1)
+        anomalous = setting.patches(setting.features(shots.images), slice(None)).flatten(0, 1)
         mined = mine(anomalous, known, args.retention) if args.mining else anomalous
         net = train(setting, normal, mined, out)
-        save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": len(chosen)},
+        save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": len(shots.images)},
                         {"discriminator": net.state_dict()})
-        print(f"{len(chosen)} labelled, {len(mined)} of {len(anomalous)} patches:")
-        metrics = finish(setting, setting.by_patches(lambda x, net=net: net(x).squeeze(2)), out, chosen)
+        print(f"{len(shots.images)} labelled, {len(mined)} of {len(anomalous)} patches:")
+        metrics = finish(setting, setting.by_patches(lambda x, net=net: net(x).squeeze(2)), out, shots)
     print(f"auroc {metrics['auroc']:.4f}")
 
 
