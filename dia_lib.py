@@ -585,8 +585,8 @@ def found(data):
     bits = {0: "8-bit", M: "16-bit"}.get(deep, "8- and 16-bit")
     colours = "grey" if data.train.shape[1] == 1 else "RGB"
     kinds = Counter(zip(data.labels.tolist(), data.groups, strict=True))
-    tests = [f"{('normal', 'anomalous')[label]} {group}".strip() + f" {n:,}"
-             for (label, group), n in sorted(kinds.items())]
+    tests = [f"{kind if group == kind else f'{kind} {group}'.strip()} {n:,}"
+             for (label, group), n in sorted(kinds.items()) for kind in [("normal", "anomalous")[label]]]
     lines = [f"{data.name}: {data.train.shape[-1]} px, {colours}, {bits}; {len(copies(data))} copies between "
              "train and test",
              f"  train: normal {len(data.train):,}; held out {len(data.held):,}, {data.calibration.sum():,} "

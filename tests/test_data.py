@@ -461,6 +461,9 @@ def test_what_is_found_is_said_line_by_line(tree, tmp_path):
     assert first == "set: 16 px, grey, 8-bit; 0 copies between train and test" and 0 < n < 15
     assert train.startswith(f"  train: normal {30 - n}; held out {n}, ") and train.endswith("for calibration")
     assert test == "  test: normal good 8, anomalous bad 4"
+    for split in ("train", "test"):
+        (tmp_path / "set" / split / "good").rename(tmp_path / "set" / split / "normal")
+    assert lines(tmp_path / "set")[2] == "  test: normal 8, anomalous bad 4"
     shutil.rmtree(tmp_path / "set/test")
     assert lines(tmp_path / "set")[2] == "  test: no images"
     first, *_ = lines(medmnist(tmp_path / "pneumoniamnist.npz"))                # its val anomalies apart
