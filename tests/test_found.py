@@ -202,8 +202,8 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     assert "XDG_CACHE_HOME names another place" in said and "\n" not in said
 
 
-def test_no_image_gives_an_empty_result(chain, folder):
-    run = predict.load_run(chain)
+def test_no_image_gives_an_empty_result(own_chain):
+    run = predict.load_run(own_chain)
     images = torch.zeros(0, 1, run.settings["image_size"], run.settings["image_size"], dtype=torch.uint8)
     scores, p = run.score(images)
     assert scores.shape == p.shape == (0,)
@@ -229,22 +229,22 @@ def test_new_scans_get_the_window_of_the_training_images(folder, tmp_path):
     assert sorted(scores["raw/test/dent"].values()) == sorted(v for k, v in a.items() if k.endswith("dent"))
 
 
-def test_new_dicom_files(chain, folder, tmp_path):
+def test_new_dicom_files(own_chain, folder, tmp_path):
     """By the header's window, where the run's images had none; several pages, or no window, are refused."""
     pytest.importorskip("pydicom")
     x = np.asarray(Image.open(folder / "test/dent/000.png")).astype(np.int16)
     new, header = tmp_path / "new", {"WindowCenter": 128, "WindowWidth": 256}        # 0 to 255
     write_dicom(new / "scan", x, **header)
     save(new / "same.png", x.astype(np.uint8))
-    assert call(predict, chain, new, "--passes", 1, "--to", tmp_path / "to") is None
+    assert call(predict, own_chain, new, "--passes", 1, "--to", tmp_path / "to") is None
     one, other = csv.DictReader((tmp_path / "to/scores.csv").open())
     assert {one["path"], other["path"]} == {"scan", "same.png"} and one["score"] == other["score"]
     write_dicom(new / "more.dcm", np.stack([x, x]), **header)
-    assert "more.dcm has 2 pages: which of them?" in call(predict, chain, new, "--to", tmp_path / "to")
+    assert "more.dcm has 2 pages: which of them?" in call(predict, own_chain, new, "--to", tmp_path / "to")
     write_dicom(new / "more.dcm", x)
-    assert "more.dcm names no window" in call(predict, chain, new, "--to", tmp_path / "to")
+    assert "more.dcm names no window" in call(predict, own_chain, new, "--to", tmp_path / "to")
     (new / "more.dcm").write_bytes(b"?")
-    assert "more.dcm cannot be read as DICOM" in call(predict, chain, new, "--to", tmp_path / "to")
+    assert "more.dcm cannot be read as DICOM" in call(predict, own_chain, new, "--to", tmp_path / "to")
 
 
 @pytest.mark.parametrize("file", ["extras/prepare.py", "extras/predict.py", "weakly_supervised/nearest.py"])
