@@ -551,7 +551,7 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     else:
         raise SystemExit(f"--data {data}: no such folder, npz file or set; sets known by name: elpv, "
                          f"{', '.join(MEDMNIST_MD5)}.")
-    size, test = image_size or defaults["image_size"], items.get("test", [])
+    size, test = image_size or defaults["image_size"], items.get("test", []) if "test" in splits else []
 
     train, digests, deep = read_images(items["train"], size)
     order = np.argsort(digests, kind="stable")
@@ -609,16 +609,19 @@ def doubts(data):
     def some(names):
         return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
+    def each(f, images):                                                    # 1,024 at a time
+        return torch.cat([f(x) for x in images.split(1024)])
+
     def coloured(images):
-        return 0 if images.shape[1] == 1 else int((images != images[:, :1]).flatten(1).any(1).sum())
+        return int(each(lambda x: (x != x[:, :1]).flatten(1).any(1), images).sum())
 
     said, M, Q = [], len(data.train), len(data.test)
     if pairs := copies(data):
-        said.append(f"{len(pairs)} of {Q} test images are training images, too; their scores mean nothing: "
-                    f"{some([' = '.join(pair) for pair in pairs])}")
+        said.append(f"{len(pairs)} of {Q} test images are training or held-out images, too; their scores "
+                    f"mean nothing: {some([' = '.join(pair) for pair in pairs])}")
     parts = {"training": (data.train, data.names["train"]), "test": (data.test, data.paths)}
     for kind, (images, names) in parts.items():
-        constant = (images == images[:, :, :1, :1]).flatten(1).all(1)                                   # (n,)
+        constant = each(lambda x: (x == x[:, :, :1, :1]).flatten(1).all(1), images)                     # (n,)
         flat = [name for name, yes in zip(names, constant.tolist(), strict=True) if yes]
         if flat and len(flat) * 10 >= len(images):
             said.append(f"{len(flat)} of {len(images)} {kind} images are constant: {some(flat)}")
@@ -640,7 +643,7 @@ def doubts(data):
         kinds = ["training"] + ["normal test"] * (len(normal) > 0) + ["anomalous test"] * (len(anomalous) > 0)
         said.append("in colour are " + ", ".join(f"{n} of {len(x)} {kind} images" for (x, n), kind in
                                                  zip(parts, kinds, strict=True)))
-    light, others = (x.float().mean((1, 2, 3)) for x in (data.train, normal))
+    light, others = (each(lambda x: x.float().mean((1, 2, 3)), x) for x in (data.train, normal))
     low, high = light.quantile(torch.tensor([0.01, 0.99])).tolist()
     if M >= 20 and len(others) >= 5 and not low <= others.median() <= high:
         said.append(f"mean brightness is {light.median():.0f} of 255 in training images, "
@@ -777,7 +780,8 @@ def folder_items(root, splits, normal_class, files_of=None):
                          f"{', '.join(classes) or 'none'}.")
     if len(normal) != 1:
         raise SystemExit(f"{train}: {'several' if normal else 'no'} candidates for the normal class; {TREE}; "
-                         f"found {', '.join(classes) or 'no images'}. Name it with --normal-class.")
+                         f"found {', '.join(classes) or 'no folder with images'}. "
+                         f"{'Name it with --normal-class.' if classes else PREPARE}")
     alike = [c for c in groups if c.lower() == normal[0].lower()] or usual(groups)
     if alike and normal[0] not in groups:
         raise SystemExit(f"{test}: no folder {normal[0]}, which is the normal class in {train}; found "

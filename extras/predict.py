@@ -10,7 +10,7 @@ RUN/predict.pt; later ones do not.
 
     from extras.predict import load_images, load_run            # the same from Python
     run = load_run("runs/lungs")
-    images, paths, digests = load_images("new_scans", run.settings["image_size"], run.settings.get("window"))
+    images, paths, digests = load_images("new_scans", run.settings["image_size"], run.settings["window"])
     scores, p = run.score(images)                               # (n,) and (n,)
 """
 

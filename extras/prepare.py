@@ -9,11 +9,12 @@ Writes OUT/train/normal, OUT/test/normal, OUT/test/<group> for each group of ano
 where SOURCE/train has some), and OUT/prepared.json: what it was made of, counts, what was left out and why,
 window, defaults of the scripts.
 8-bit images are copied as they are. Scans of more bits and DICOM files (pip install pydicom) become PNG of 8
-bits: LOW..HIGH of --window turns into 0..255; without it the window in a DICOM file's header, or else the 0.1
-to 99.9 percentile of the training images. Copies of an image within training, or in training and test, are
-left out of training. Where no split is published, a share of the normals and all anomalies are to test on:
-scikit-learn's split of the sorted names with seed 42, as for ELPV; --group-by, or DICOM's PatientID, keeps
-images of one patient on one side. All is made in OUT.part, which becomes OUT at the end.
+bits: LOW..HIGH of --window turns into 0..255; without it the window in each DICOM file's header, or, where no
+file has one, the 0.1 to 99.9 percentile of the training normals. Copies of an image within training, or in
+training and test, are left out of training. Where no split is published, a share of the normals and all
+anomalies are to test on: scikit-learn's split of the sorted names with seed 42, as for ELPV; --group-by, or
+DICOM's PatientID, keeps images of one patient on one side. All is made in OUT.part, which becomes OUT at the
+end.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -52,7 +53,7 @@ SETS = {
                   [], []),
 }
 LEFT = f"folders called {', '.join(sorted(MASKS))} are not read"
-Look = namedtuple("Look", "pages convert patient")          # what a file's header says
+Look = namedtuple("Look", "pages convert patient window")   # of `look`
 Page = namedtuple("Page", "pixels window invert")           # of page_of
 DEFAULTS = {"kvasir": {"shift": "perm", "t_range": [100, 200]}}             # DIA Sec. 4.1, Tab. 4
 
@@ -86,34 +87,38 @@ def dicom(path, **how):
 
 
 def look(path):
-    """A file's Look: how many pages, must they be converted, which patient; or why it cannot be read."""
+    """A file's Look: how many pages, must they be converted, which patient, is there a window in its header
+    (None where it needs none); or why it cannot be read.
+    """
     try:
         if is_dicom(path):
             header = dicom(path, stop_before_pixels=True)
             pages = int(header.get("NumberOfFrames") or 1)
             if not 1 <= pages <= 100_000:
                 raise ValueError(f"it claims {pages} frames")
-            return Look(pages, True, str(header.get("PatientID") or ""))
+            grey = header.get("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
+            window = window_in(with_groups(header, 0)) is not None if grey else None
+            return Look(pages, True, str(header.get("PatientID") or ""), window)
         with Image.open(path) as image:
             pages, kind = stored(image)
-            return Look(pages, kind != "8-bit" or pages > 1, "")
+            return Look(pages, kind != "8-bit" or pages > 1, "", None if kind == "8-bit" else False)
     except SystemExit as stop:
         return str(stop)
     except Exception as error:                          # Pillow raises many types for files that are torn
         return unreadable(path, error).code
 
 
-def page_of(path, number):
+def page_of(path, index):
     """One page of a scan. pixels: (H, W) of any type, or uint8 (H, W, 3); window: (low, high) that a DICOM
     header asks for, or None; invert: are low values white? Exits where it cannot be read.
     """
     if is_dicom(path):
-        return dicom_page(path, number)
+        return dicom_page(path, index)
     try:
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels")
-            image.seek(number)
+            image.seek(index)
             kind = stored(image)[1]
             if image.mode in ("F", "L") or image.mode.startswith("I"):
                 return Page(np.array(values_of(image, kind)), None, kind != "8-bit" and white_is_zero(image))
@@ -124,16 +129,33 @@ def page_of(path, number):
         raise unreadable(path, error) from None
 
 
-def dicom_page(path, number):
+def with_groups(header, index):
+    """A DICOM header with what enhanced files keep in functional groups, of all frames and of this one."""
+    frames = header.get("PerFrameFunctionalGroupsSequence") or []
+    for groups in (*(header.get("SharedFunctionalGroupsSequence") or []), *frames[index:index + 1]):
+        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            header.update(groups[name][0] if name in groups else {})
+    return header
+
+
+def window_in(header):
+    """The window (low, high) that a DICOM header names, or None. DICOM PS3.3, C.11.2.1.2."""
+    if not header.get("WindowWidth") or header.get("WindowCenter") is None:
+        return None
+    centre, width = (float(np.ravel(header.get(k))[0]) for k in ("WindowCenter", "WindowWidth"))
+    if header.get("VOILUTFunction", "LINEAR") == "LINEAR":
+        centre, width = centre - 0.5, width - 1
+    width = max(width, 1e-6)
+    return centre - width / 2, centre + width / 2
+
+
+def dicom_page(path, index):
     """`page_of` a DICOM file, after its Modality LUT."""
     header = dicom(path)
     try:
-        frames = header.get("PerFrameFunctionalGroupsSequence") or []
-        for groups in (*(header.get("SharedFunctionalGroupsSequence") or []), *frames[number:number + 1]):
-            for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):        # enhanced DICOM
-                header.update(groups[name][0] if name in groups else {})
+        header = with_groups(header, index)
         from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
-        pixels = pixel_array(header, index=number)
+        pixels = pixel_array(header, index=index)
         if header.get("PhotometricInterpretation") == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, header)[..., :3]
             pixels = (pixels >> 8 * (pixels.dtype.itemsize - 1)).astype(np.uint8)
@@ -141,14 +163,8 @@ def dicom_page(path, number):
             raise ValueError("colours of 16 bits: make it grey, or 8-bit")
         if pixels.ndim == 3:
             return Page(pixels, None, False)
-        values, window = apply_modality_lut(pixels, header).astype(np.float64), None
-        if header.get("WindowWidth") and header.get("WindowCenter") is not None:
-            centre, width = (float(np.ravel(header.get(k))[0]) for k in ("WindowCenter", "WindowWidth"))
-            if header.get("VOILUTFunction", "LINEAR") == "LINEAR":          # DICOM PS3.3, C.11.2.1.2
-                centre, width = centre - 0.5, width - 1
-            width = max(width, 1e-6)
-            window = centre - width / 2, centre + width / 2
-        return Page(values, window, header.get("PhotometricInterpretation") == "MONOCHROME1")
+        values = apply_modality_lut(pixels, header).astype(np.float64)
+        return Page(values, window_in(header), header.get("PhotometricInterpretation") == "MONOCHROME1")
     except Exception as error:                          # among them that a decoder is not installed
         raise unreadable(path, error, "as DICOM") from None
 
@@ -160,30 +176,37 @@ def to_8_bit(page, window):
     """
     pixels = page.pixels
     if pixels.dtype != np.uint8 and not (window or page.window):
-        raise SystemExit("its header names no window, those of training images do: see --window")
+        raise SystemExit("its header names no window: see --window")
     if pixels.dtype != np.uint8:
         pixels = to_grey_levels(pixels, *window or page.window)
     return 255 - pixels if page.invert else pixels
 
 
-def window_of(pages):
-    """The 0.1 and 99.9 percentile of the values of pages [(path, number)]; None where all name a window of
-    their own, or are uint8. Exits where some do. Of each page 10,000 values at random count.
+def window_of(plan, looks):
+    """The window (low, high) for all pages that have to be converted, where none is asked for; None where all
+    name their own. It is the 0.1 and 99.9 percentile of the normals to train on, of 10,000 values of a page
+    at random. Exits where some name one and others don't, or where no training normal is to be converted.
     """
-    values, without, named, draw = [], None, 0, np.random.RandomState(0)
-    for path, index in tqdm(pages, "finding the window", unit="page", disable=None, leave=False):
+    asked = {True: [], False: []}
+    for target, (item, page) in plan.items():
+        if page is not None and looks[item.source].window is not None:
+            asked[looks[item.source].window].append((target, item, page))
+    own, without = asked[True], asked[False]
+    if not without:
+        return None
+    train = [(item.source, page) for target, item, page in without if target.startswith("train/normal/")]
+    if own or not train:
+        why = f"{len(own)} others do" if own else "no training image is like them"
+        raise SystemExit(f"{len(without)} scans name no window in their header, the first is "
+                         f"{without[0][1].name}, and {why}: give one for all by --window LOW HIGH.")
+    values, draw = [], np.random.RandomState(0)
+    for path, page in tqdm(train, "finding the window", unit="page", disable=None, leave=False):
         try:
-            page = page_of(path, index)
+            pixels = page_of(path, page).pixels
         except SystemExit:
             continue                                                        # it will be left out, and told
-        if page.window is None and page.pixels.dtype != np.uint8:
-            some = page.pixels.ravel()[draw.randint(page.pixels.size, size=10_000)].astype(np.float64)
-            values.append(some[np.isfinite(some)])
-            without = without or path
-        named += page.window is not None
-    if named and values:
-        raise SystemExit(f"{len(values)} of {len(values) + named} training scans name no window in their "
-                         f"header, the first is {without}: give one for all by --window LOW HIGH.")
+        some = pixels.ravel()[draw.randint(pixels.size, size=10_000)].astype(np.float64)
+        values.append(some[np.isfinite(some)])
     if not sum(map(len, values)):
         return None
     low, high = np.percentile(np.concatenate(values), [0.1, 99.9]).tolist()
@@ -249,8 +272,8 @@ def plain_items(root, normal, anomalous):
         path = Path(os.path.normpath(root / folder))
         if not path.is_relative_to(root) or not path.is_dir():
             raise SystemExit(f"{flag}: no such folder below {root}; found: {listing(root)}.")
-        if label and (path.name.lower() == "normal" or path.name.startswith(".")):
-            raise SystemExit(f"{flag}: a group of anomalies cannot be called {path.name}; rename the folder.")
+        if label and path.name.startswith("."):
+            raise SystemExit(f"{flag}: a group of anomalies cannot be called {path.name}; rename it.")
         files = scans(path)
         if not files:
             raise SystemExit(f"{flag}: no image below {path}; looked for {' '.join(sorted(SUFFIXES))} and "
@@ -278,6 +301,7 @@ def split(items, share, group_by, looks):
     if not any(groups):
         if group_by:
             raise SystemExit(f"--group-by {group_by}: found in no name, such as {items[0].name}.")
+        print("no patients are known: images are split one by one; see --group-by")
         return split_items(items, share)
     if alone := [i.name for i, g in zip(items, groups, strict=True) if not g]:
         raise SystemExit(f"{len(alone)} of {len(items)} images have no group, the first is {alone[0]}: see "
@@ -285,13 +309,13 @@ def split(items, share, group_by, looks):
     ill = {g for i, g in zip(items, groups, strict=True) if i.label}
     pairs = sorted(((i, g) for i, g in zip(items, groups, strict=True)), key=lambda pair: pair[0].name)
     well = [(i, g) for i, g in pairs if g not in ill]
-    if len({g for _, g in well}) < 2:
+    if len({g for _, g in well}) < 4:
         raise SystemExit(f"{len({g for _, g in well})} groups or patients without anomalies are too few to "
-                         "split. --group-by REGEX finds them in the names; '.*' makes each file one.")
+                         "split: add some, or make folders train and test yourself.")
     splitter = GroupShuffleSplit(1, test_size=share, random_state=42)
     chosen, _ = next(splitter.split(well, groups=[g for _, g in well]))
     known = {well[i][1] for i in chosen}
-    print(f"{len(set(groups))} groups, {len(known)} of them to train on")
+    print(f"{len(set(groups))} groups or patients, {len(known)} of them to train on")
     return {"train": [i for i, g in pairs if g in known], "test": [i for i, g in pairs if g not in known]}
 
 
@@ -308,6 +332,9 @@ def targets(items, looks, pages):
                          "--pages first, or --pages all.")
     for split, every in items.items():
         for item in every:
+            if item.label and item.group.lower() == "normal":
+                raise SystemExit(f"{item.name}: a group of anomalies cannot be called {item.group}; rename "
+                                 "it.")
             groups.setdefault(f"{split}/{item.group if item.label else 'normal'}", []).append(item)
     for folder, every in groups.items():
         names = [Path(i.name).name + ".png" * looks[i.source].convert for i in every]
@@ -327,12 +354,17 @@ def targets(items, looks, pages):
     return plan
 
 
+def scans_in(plan):
+    """Is there anything to be converted?"""
+    return any(page is not None for _, page in plan.values())
+
+
 def there(target, source, page):
-    """Is a target made already, of this very source? It has the source's time, and a copy its size."""
+    """Is a target made already, of this source? It has the source's time, to 2 s, and a copy its size."""
     if not target.is_file():
         return False
     new, old = target.stat(), source.stat()
-    return new.st_mtime_ns == old.st_mtime_ns and (page is not None or new.st_size == old.st_size)
+    return abs(new.st_mtime - old.st_mtime) <= 2 and (page is not None or new.st_size == old.st_size)
 
 
 def foreign(folder, plan):
@@ -358,11 +390,11 @@ def make(item, page, target, window):
 
     Returns the digest of its pixels, or why it cannot be read.
     """
-    source = item.source
+    source, digest = item.source, None
     try:
         if not there(target, source, page):
             if page is None:
-                digest = decode(source, 8)[1]
+                digest = decode(source, 8)[1]                               # first: it may be torn
             else:
                 image = Image.fromarray(to_8_bit(page_of(source, page), window))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -372,9 +404,7 @@ def make(item, page, target, window):
                 else:
                     image.save(temporary, format="PNG")
                 os.utime(temporary, ns=(source.stat().st_mtime_ns,) * 2)                # see `there`
-                if page is None:
-                    return digest
-        return decode(target, 8)[1]
+        return digest or decode(target, 8)[1]
     except SystemExit as stop:
         return str(stop).partition(": repair or remove it")[0]
 
@@ -394,25 +424,31 @@ def make_all(plan, part, window):
 
 
 def copies(digests):
-    """{target: why} of training images that are in test as well, or a second time in training."""
+    """{target: why} of training images that are in test as well, or a second time in training: of a normal
+    and an anomaly the normal.
+    """
+    def order(target):
+        return not target.startswith("test/"), target.startswith("train/normal/"), target
+
     first = {}
-    for target in sorted(digests, key=lambda t: (not t.startswith("test/"), t)):
+    for target in sorted(digests, key=order):
         first.setdefault(digests[target], target)
     return {t: f"the same image as {first[d]}" for t, d in digests.items()
             if t.startswith("train/") and first[d] != t}
 
 
 def named(plan, target):
-    """How a target's source is called: its name, with the page where there are several."""
+    """How a target's source is called: its name, with the page, from 1, where all of several are taken."""
     item, page = plan[target]
-    return f"{item.name}, page {page}" if page else item.name
+    several = page is not None and target.endswith(f"-{page:04d}.png")
+    return f"{item.name}, page {page + 1}" if several else item.name
 
 
 def note(plan, root, left_out, args, window, other):
     """What prepared.json says. left_out: {source: why}; other: of not_read."""
     counts = Counter("/".join(t.split("/")[:2]) for t in plan if named(plan, t) not in left_out)
     return {"set": args.set, "source": root.name, "counts": counts, "left_out": left_out, "not_read": other,
-            "window": window, "defaults": DEFAULTS.get(args.set, {})}
+            "window": window, "window_asked_for": args.window, "defaults": DEFAULTS.get(args.set, {})}
 
 
 def is_prepared(out, plan, root, args):
@@ -422,14 +458,14 @@ def is_prepared(out, plan, root, args):
     try:
         says = json.loads((out / "prepared.json").read_text())
         made = {t: plan[t] for t in plan if named(plan, t) not in says["left_out"]}
-        window = (args.window or says["window"]) if any(p is not None for _, p in plan.values()) else None
-        same = says == note(plan, root, says["left_out"], args, window, says["not_read"])
+        same = says == note(plan, root, says["left_out"], args, says["window"], says["not_read"])
         if same and not foreign(out, made) and all(
                 there(out / target, item.source, page) for target, (item, page) in made.items()):
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass                                                                # no prepared.json of ours
-    raise SystemExit(f"{out} holds other things than this command makes; remove it, or choose another OUT.")
+    raise SystemExit(f"{out} holds other things than this command makes, or its source has changed; remove "
+                     "it, or choose another OUT.")
 
 
 def regex(text):
@@ -449,20 +485,22 @@ def arguments():
     parser.add_argument("source", metavar="SOURCE", help="folder of a download, or of folders of images")
     parser.add_argument("out", metavar="OUT", help="folder to make, outside SOURCE")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--set", choices=SETS, help="SOURCE is the download of this set, from "
-                      + ", ".join(where for where, *_ in SETS.values()))
+    what.add_argument("--set", choices=SETS, help="SOURCE is the download of this set; "
+                      + ", ".join(f"{name}: {where}" for name, (where, *_) in SETS.items()))
     what.add_argument("--normal", nargs="+", metavar="FOLDER", help="folders of normals, below SOURCE, which "
                       "are to be split into train and test")
     what.add_argument("--normal-class", metavar="NAME", help="the normal class of a SOURCE that has train/ "
                       "and test/ (default: good, normal or ok)")
     parser.add_argument("--anomaly", nargs="+", metavar="FOLDER", help="folders of anomalies, below SOURCE")
     parser.add_argument("--test-share", type=number(float, above=0, high=0.75),
-                        help="share of the normals to test on (default: 0.25)")
+                        help="share of the normals to test on, or of the groups without anomalies (default: "
+                        "0.25)")
     parser.add_argument("--group-by", type=regex, metavar="REGEX", help="what in a file's name, "
                         "below SOURCE, tells a patient or a part: its images stay on one side, and are to "
                         "test on where one is an anomaly")
-    parser.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="values that become "
-                        "black and white in scans of more than 8 bits, for example -1000 400")
+    parser.add_argument("--window", type=number(float, -1e10, 1e10), nargs=2, metavar=("LOW", "HIGH"),
+                        help="values that become black and white in scans of more than 8 bits, for example "
+                        "-1000 400 (lungs in CT)")
     parser.add_argument("--pages", choices=["first", "all"], help="which pages of files that have several")
     args = parser.parse_args()
     if not args.normal and (args.anomaly or args.test_share or args.group_by):
@@ -484,10 +522,12 @@ def main():
     above = [root / split for split in ("train", "test")]                       # where images are looked for
     if args.normal:
         every = plain_items(root, args.normal, args.anomaly or [])
-        above = [root / folder for folder in args.normal + (args.anomaly or [])]
+        above = [Path(os.path.normpath(root / folder)) for folder in args.normal + (args.anomaly or [])]
     else:
         items = set_items(root, args.set) if args.set else layout_items(root, args.normal_class)
-        every = [item for split in items.values() for item in split]
+        every = [item for side in items.values() for item in side]
+    if args.set:
+        above = sorted({item.source.parent for item in every})
     sources = [item.source for item in every]
     with ThreadPoolExecutor() as pool:
         found = pool.map(look, sources)
@@ -500,19 +540,17 @@ def main():
             raise SystemExit(f"{root}: no image to train on can be read.")
         items = split(read, args.test_share or 0.25, args.group_by, looks)
     items = {k: [i for i in v if i.name not in unread] for k, v in items.items()}
-    train, test = ({looks[i.source].patient for i in items[k]} - {""} for k in ("train", "test"))
-    if both := sorted(train & test):
-        print(f"warning: {len(both)} patients are in train and in test, the first is {both[0]}")
+    known, tested = ({looks[i.source].patient for i in items[k]} - {""} for k in ("train", "test"))
+    if both := sorted(known & tested):
+        print(f"warning: patients in train and in test: {len(both)}, the first is {both[0]}")
     plan = targets(items, looks, args.pages)
     done, other = is_prepared(out, plan, root, args), not_read(above, {item.source for item in every})
     if not done:
-        if wrong := foreign(part, plan):
-            raise SystemExit(f"{part} holds {wrong}, which this command does not make; remove it, or choose "
+        if stray := foreign(part, plan):
+            raise SystemExit(f"{part} holds {stray}, which this command does not make; remove it, or choose "
                              "another OUT.")
-        pages = {t: (item.source, page) for t, (item, page) in plan.items() if page is not None}
-        train = [scan for t, scan in pages.items() if t.startswith("train/normal/")]
-        window = args.window or window_of(train or pages.values())
-        if pages:
+        window = args.window or window_of(plan, looks)
+        if scans_in(plan):
             begin(part, window)
         digests, wrong = make_all(plan, part, window)
         same = copies(digests)
@@ -525,7 +563,7 @@ def main():
             print(f"left out: {name}: {why}")
         if len(left_out) > 20:
             print(f"and {len(left_out) - 20} more, in {args.out}/prepared.json")
-        says = note(plan, root, left_out, args, window if pages else None, other)
+        says = note(plan, root, left_out, args, window if scans_in(plan) else None, other)
         if not says["counts"]["train/normal"]:
             raise SystemExit(f"{root}: no image is left to train on.")
         with whole(part / "prepared.json") as temporary:

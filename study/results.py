@@ -33,7 +33,8 @@ NAMES = {"diffusion": "DIA (`diffusion`)", "none": "CSI (`none`)", "none, as lon
 TABLED = [*MODES, "none, as long"]       # the lines of a table
 PAIRS = [("diffusion", "none"), ("diffusion", "none, as long"), ("diffusion", "resize"),
          ("diffusion", "copy"), ("resize", "none"), ("residual", "none"), ("residual", "copy"),
-         ("gaussian", "none"), ("median", "none"), ("gaussian", "diffusion"), ("median", "diffusion")]
+         ("copy", "none"), ("gaussian", "none"), ("median", "none"), ("gaussian", "diffusion"),
+         ("median", "diffusion")]
 USUAL = {"image_size=64", "batch_size=16", "crop_min=0.3", "optimizer=adamw"}       # what most runs have
 SHOWN, LONGER = "400 steps, twin_weight=1000.0", "2000 steps"                   # the two main settings
 SUMMARY = {"400 steps, weight 1,000": SHOWN,

@@ -16,7 +16,7 @@ from conftest import ROOT, call, texture
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from dia_lib import decode, load_data
+from dia_lib import Item, decode, load_data
 from extras import prepare
 
 
@@ -86,7 +86,8 @@ def test_downloads_are_taken_untouched(name, counts, tmp_path):
     assert says["counts"] == {"train/normal": len(data.train), **found} == counts
     assert [g == "normal" for g in data.groups] == [y == 0 for y in data.labels.tolist()]
     assert {k: v for k, v in says.items() if k != "counts"} == {
-        "set": name, "source": "download", "left_out": {}, "not_read": "", "window": None,
+        "set": name, "source": "download", "left_out": {}, "window": None, "window_asked_for": None,
+        "not_read": {"kvasir": "", "aptos2019": ""}.get(name, says["not_read"]),
         "defaults": {"shift": "perm", "t_range": [100, 200]} if name == "kvasir" else {}}
     assert data.defaults == {"shift": "rotate", "t_range": [30, 130], "image_size": 224,
                              "window": None} | says["defaults"]
@@ -120,6 +121,7 @@ def test_plain_folders_at_any_depth(scans, tmp_path):
     assert images(tmp_path / "out") == images(tmp_path / "scans")
     assert json.loads((tmp_path / "out/prepared.json").read_text()) == {
         "set": None, "source": "scans", "left_out": {}, "not_read": "", "window": None, "defaults": {},
+        "window_asked_for": None,
         "counts": {"train/normal": 9, "test/normal": 3, "test/tumour": 3, "test/bleeding": 2}}
 
 
@@ -291,7 +293,7 @@ def test_what_is_missing_in_a_download_is_said(tmp_path):
 def test_wrong_flags_are_one_sentence(flags, sentence, scans, tmp_path):
     (tmp_path / "scans/notes").mkdir()
     make(tmp_path, "elsewhere/0.png")
-    (tmp_path / "scans/ill/Normal").mkdir()
+    make(tmp_path / "scans", "ill/Normal/0.png")
     said = call(prepare, *scans[:2], *flags)
     assert sentence in said and "\n" not in said and not (tmp_path / "out").exists()
 
@@ -390,7 +392,8 @@ def test_a_patient_is_on_one_side(tmp_path, capsys):
     sides = {side: {f.name[:4] for f in (tmp_path / "out" / side).rglob("*.png")}
              for side in ("train", "test")}
     assert not sides["train"] & sides["test"] and {f"p{p:03d}" for p in range(10)} <= sides["test"]
-    assert len(sides["train"]) == 67 and "100 groups, 67 of them to train on" in capsys.readouterr().out
+    assert len(sides["train"]) == 67
+    assert "100 groups or patients, 67 of them to train on" in capsys.readouterr().out
     assert sum(json.loads((tmp_path / "out/prepared.json").read_text())["counts"].values()) == 400
     command[1] = tmp_path / "other"
     assert "found in no name" in call(prepare, *command, "--group-by", "patient")
@@ -476,7 +479,7 @@ def test_patients_on_both_sides_of_a_split_that_is_there_are_said(tmp_path, caps
     for i, name in enumerate(("train/good/a", "train/good/b", "test/good/a", "test/bad/a")):
         write_dicom(tmp_path / f"set/{name}.dcm", values(i).astype(np.int16), PatientID=f"P{i % 3}")
     assert call(prepare, tmp_path / "set", tmp_path / "out") is None
-    assert "warning: 1 patients are in train and in test, the first is P0" in capsys.readouterr().out
+    assert "warning: patients in train and in test: 1, the first is P0" in capsys.readouterr().out
 
 
 def test_a_stopped_command_with_another_window_begins_again(tmp_path, monkeypatch):
@@ -501,7 +504,8 @@ def test_a_stopped_command_with_another_window_begins_again(tmp_path, monkeypatc
 def test_a_scan_and_an_image_that_would_get_one_name(tmp_path):
     make(tmp_path / "set", *(f"well/{i}.png" for i in range(4)), "ill/a.tif.png", "ill/b.tif-0001.png")
     tiff(tmp_path / "set/ill/b.tif", *(values(i).astype(np.float32) for i in range(2)))
-    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill", "--pages"]
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill", "--window", 0, 9,
+               "--pages"]
     assert "would both become test/ill/b.tif-0001.png" in call(prepare, *command, "all")
     tiff(tmp_path / "set/ill/a.tif", values(0).astype(np.float32))
     assert "would both become test/ill/ill/a.tif.png" in call(prepare, *command, "first")
@@ -588,8 +592,6 @@ def test_dicom_headers_that_mislead(tmp_path, capsys):
         more = {"NumberOfFrames": frames, **window}
         write_dicom(tmp_path / f"set/ill/{name}.dcm", values(8).astype(np.int16), **more)
     (tmp_path / "set/ill/DICOMDIR").write_bytes(header)
-    write_dicom(tmp_path / "set/ill/none.dcm", values(9).astype(np.int16))
-    write_dicom(tmp_path / "set/ill/half.dcm", values(10).astype(np.int16), WindowWidth=200)
     write_dicom(tmp_path / "set/ill/thin.dcm", values(11).astype(np.int16), WindowCenter=0, WindowWidth=0.5)
     command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill"]
     assert call(prepare, *command, "--pages", "all") is None
@@ -597,14 +599,16 @@ def test_dicom_headers_that_mislead(tmp_path, capsys):
     assert says["counts"] == {"train/normal": 6, "test/normal": 2, "test/ill": 1}
     assert says["not_read"] == "1 other in ill" and "not read: 1 other in ill" in capsys.readouterr().out
     assert {name: why.split(" (")[-1] for name, why in says["left_out"].items()} == {
-        "ill/claims.dcm": "it claims 2000000000 frames)", "ill/negative.dcm": "it claims -1 frames)",
-        **{f"ill/{name}.dcm": "its header names no window, those of training images do: see --window"
-           for name in ("none", "half")}}
+        "ill/claims.dcm": "it claims 2000000000 frames)", "ill/negative.dcm": "it claims -1 frames)"}
     thin = np.asarray(Image.open(tmp_path / "out/test/ill/thin.dcm.png"))
     assert np.array_equal(thin > 0, values(11).astype(np.int16) >= 0)
-    write_dicom(tmp_path / "set/well/1.2.840.3", values(3).astype(np.int16))
     command[1] = tmp_path / "mixed"
-    assert "name no window in their header, the first is" in call(prepare, *command, "--pages", "all")
+    for name, more in (("ill/none.dcm", {}), ("ill/none.dcm", {"WindowWidth": 200}), ("well/1.2.840.3", {})):
+        write_dicom(tmp_path / "set" / name, values(3).astype(np.int16), **more)
+        assert f"1 scans name no window in their header, the first is {name}, and 9 others do: give" in call(
+            prepare, *command, "--pages", "all")
+        write_dicom(tmp_path / "set" / name, values(3).astype(np.int16), **window)
+    write_dicom(tmp_path / "set/ill/none.dcm", values(3).astype(np.int16))
     assert call(prepare, *command, "--pages", "all", "--window", -1000, 400) is None
 
 
@@ -651,7 +655,9 @@ def test_the_window_is_of_all_columns_and_large_values_keep_their_steps(tmp_path
     band = np.full((200, 1000), 1000, np.float32)
     band[:, 50:90] = 30000
     tiff(tmp_path / "band.tif", band)
-    assert prepare.window_of([(tmp_path / "band.tif", 0)]) == [1000, 30000]
+    file = tmp_path / "band.tif"
+    plan = {"train/normal/a.png": (Item("a", 0, "", file), 0)}
+    assert prepare.window_of(plan, {file: prepare.look(file)}) == [1000, 30000]
     large = (np.arange(256, dtype=np.uint32) + 2 ** 31).reshape(16, 16)
     page = prepare.Page(large, None, False)
     assert np.array_equal(prepare.to_8_bit(page, (2 ** 31, 2 ** 31 + 255)), np.arange(256).reshape(16, 16))
@@ -688,3 +694,46 @@ def test_a_source_called_as_what_is_being_made_is_not_touched(tmp_path):
     before = contents(tmp_path)
     assert "choose an OUT elsewhere" in call(prepare, tmp_path / "a.part", tmp_path / "a", "--normal", "well")
     assert contents(tmp_path) == before
+
+
+def test_a_window_is_asked_for_where_training_says_nothing_of_it(tmp_path):
+    """Normals of 8 bits and anomalies of more; a window that was asked for and now is not."""
+    make(tmp_path / "set", *(f"well/{i}.png" for i in range(4)))
+    for i in range(2):
+        tiff(tmp_path / f"set/ill/{i}.tif", values(i).astype(np.float32))
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well", "--anomaly", "ill"]
+    said = call(prepare, *command)
+    assert "2 scans name no window" in said
+    assert "no training image is like them: give one for all by --window" in said
+    assert call(prepare, *command, "--window", -1000, 400) is None
+    assert "holds other things" in call(prepare, *command, "--window", -1000, 300)
+    for i in range(4):
+        tiff(tmp_path / f"set/well/{i}.tif", values(i + 5).astype(np.float32))
+        (tmp_path / f"set/well/{i}.png").unlink()
+    command[1] = tmp_path / "other"
+    assert call(prepare, *command, "--window", -1000, 400) is None
+    assert "holds other things" in call(prepare, *command)
+    assert "needs a number" in call(prepare, *command, "--window", "nan", 400)
+
+
+def test_an_image_that_is_called_normal_and_not(tmp_path):
+    """Of a training normal and a training anomaly with equal pixels the normal goes, whatever their names."""
+    make(tmp_path / "set", *(f"train/good/{i}.png" for i in range(4)), "test/good/0.png", "test/good/1.png")
+    for i, name in enumerate(("a", "z")):
+        (tmp_path / f"set/train/{name}").mkdir()
+        shutil.copy(tmp_path / f"set/train/good/{i}.png", tmp_path / f"set/train/{name}/{i}.png")
+    assert call(prepare, tmp_path / "set", tmp_path / "out") is None
+    assert set(json.loads((tmp_path / "out/prepared.json").read_text())["left_out"]) == {
+        "train/good/0.png", "train/good/1.png"}
+    (tmp_path / "set/train/z").rename(tmp_path / "set/train/normal")
+    said = call(prepare, tmp_path / "set", tmp_path / "well", "--normal-class", "good")
+    assert "cannot be called normal" in said
+
+
+def test_few_patients_are_one_sentence(tmp_path, capsys):
+    make(tmp_path / "set", *(f"well/p{i}-{j}.png" for i in range(3) for j in range(4)))
+    command = [tmp_path / "set", tmp_path / "out", "--normal", "well"]
+    said = call(prepare, *command, "--group-by", "p[0-9]", "--test-share", 0.75)
+    assert said.startswith("3 groups or patients without anomalies are too few to split")
+    assert call(prepare, *command) is None
+    assert "no patients are known: images are split one by one; see --group-by" in capsys.readouterr().out
