@@ -477,8 +477,8 @@ def test_images_that_are_in_train_and_test_are_counted_and_named(tree):
     first, *_, warning = lines(root)
     assert first.endswith("5 copies between train and test")
     pairs = ", ".join(f"test/bad/{i:02d}.png = train/good/{i:02d}.png" for i in range(3))
-    assert warning == ("warning: 5 of 13 test images are training images, too; their scores mean nothing: "
-                       f"{pairs}, ...")
+    assert warning == ("warning: 5 of 13 test images are training or held-out images, too; their scores mean "
+                       f"nothing: {pairs}, ...")
 
 
 @pytest.mark.parametrize("changes, warning", [

@@ -135,8 +135,8 @@ SAID = {                # name: (what is done to the folder of tiles, a line of 
     "a tenth constant": (lambda r: each(r, "test/dent", lambda x: (x * 0).astype(np.uint8)),
                          "warning: 6 of 30 test images are constant: test/dent/000.png, test/dent/001.png, "
                          "test/dent/002.png, ..."),
-    "copies": (copied, "warning: 3 of 33 test images are training images, too; their scores mean nothing: "
-                       "test/dent/copy0.png = train/good/000.png"),
+    "copies": (copied, "warning: 3 of 33 test images are training or held-out images, too; their "
+                       "scores mean nothing: test/dent/copy0.png = train/good/000.png"),
     "masks": (masked, "  not read: 6 .png in test/dent; 6 .png in test/masks"),
     "stray": (stray, "  not read: 1 .dcm in train/good; 1 .gif in train/good; 4 .png in train"),
     "hidden colours": (transparent, "warning: mean brightness"),
@@ -160,7 +160,7 @@ def test_what_is_odd_is_said_first(case, folder, tmp_path, capsys):
 
 def test_every_stage_says_it_and_so_do_the_others(folder, tmp_path, capsys, weights):
     copied(root := shutil.copytree(folder, tmp_path / "set"))
-    warning = "warning: 3 of 33 test images are training images, too"
+    warning = "warning: 3 of 33 test images are training or held-out images, too"
     for module, flags in ((train_diffusion, STAGE1), (train_dia, STAGE2), (evaluate, ["--passes", 1])):
         assert call(module, "--data", root, "--out", tmp_path / "out", *flags) is None
         assert warning in capsys.readouterr().out
