@@ -7,6 +7,7 @@ Each file is read as the scripts read it: it must give an image, or end with one
 """
 
 import io
+import itertools
 import random
 import resource
 import sys
@@ -126,7 +127,8 @@ def hunt(folder, n, seed=0):
     statm = Path("/proc/self/statm")
     has = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else None
     chosen = rng.choices(list(originals()), k=n)
-    files = [*bombs(), *((f"{i:05d}-{name}", mutate(data, rng)) for i, (name, data) in enumerate(chosen))]
+    mutated = ((f"{i:05d}-{name}", mutate(data, rng)) for i, (name, data) in enumerate(chosen))
+    files = itertools.chain([*bombs()], mutated)
     if has:                                                 # counted before the bombs were made
         resource.setrlimit(resource.RLIMIT_AS, (has + 2 ** 30, before[1]))
     try:
