@@ -587,13 +587,14 @@ def found(data):
     kinds = Counter(zip(data.labels.tolist(), data.groups, strict=True))
     tests = [f"{kind if group == kind else f'{kind} {group}'.strip()} {n:,}"
              for (label, group), n in sorted(kinds.items()) for kind in [("normal", "anomalous")[label]]]
-    lines = [f"{data.name}: {data.train.shape[-1]} px, {colours}, {bits}; {len(copies(data))} copies between "
+    pairs = copies(data)
+    lines = [f"{data.name}: {data.train.shape[-1]} px, {colours}, {bits}; {len(pairs)} copies between "
              "train and test",
              f"  train: normal {len(data.train):,}; held out {len(data.held):,}, {data.calibration.sum():,} "
              "of them for calibration",
              f"  test: {', '.join(tests) or 'no images'}"]
     lines += [f"  not read: {data.left_out}"] if data.left_out else []
-    return "\n".join(lines + [f"warning: {doubt}" for doubt in doubts(data)])
+    return "\n".join(lines + [f"warning: {doubt}" for doubt in doubts(data, pairs)])
 
 
 def copies(data):
@@ -604,8 +605,8 @@ def copies(data):
     return [(path, known[digest]) for path, digest in pairs if digest in known]
 
 
-def doubts(data):
-    """What looks wrong in a set, a sentence each: copies, constant images, train and test unlike."""
+def doubts(data, pairs):
+    """What looks wrong in a set, a sentence each: copies (pairs), constant images, train and test unlike."""
     def some(names):
         return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
@@ -616,7 +617,7 @@ def doubts(data):
         return int(each(lambda x: (x != x[:, :1]).flatten(1).any(1), images).sum())
 
     said, M, Q = [], len(data.train), len(data.test)
-    if pairs := copies(data):
+    if pairs:
         said.append(f"{len(pairs)} of {Q} test images are training or held-out images, too; their scores "
                     f"mean nothing: {some([' = '.join(pair) for pair in pairs])}")
     parts = {"training": (data.train, data.names["train"]), "test": (data.test, data.paths)}

@@ -33,7 +33,7 @@ from dia_lib import (
     number, pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, to_float, whole,
 )
 from evaluate import auroc_interval, data_of, remembered, training_stats, weights_of
-from extras.prepare import LEFT, is_dicom, look, page_of, scans, to_8_bit
+from extras.prepare import LEFT, READ, look, page_of, scans, to_8_bit
 
 SCORES = ("csi", "cos", "local")        # the paper's; its cosine alone; nearest neighbour of local features
 
@@ -73,15 +73,15 @@ def load_images(folder, size, window=None):
     if not root.is_dir():
         raise SystemExit(f"{folder}: no such folder.")
     files = scans(root)
-    suffixes = " ".join(sorted(SUFFIXES)) + " and DICOM"
+    dicom = {f for f in files if f.suffix.lower() not in SUFFIXES}
     if not files:
-        raise SystemExit(f"{folder}: no image below it; looked for {suffixes}; {LEFT}.")
+        raise SystemExit(f"{folder}: no image below it; looked for {READ}; {LEFT}.")
     other = sum(f.is_file() and not f.name.startswith(".") for f in root.rglob("*")) - len(files)
     if other:
-        print(f"note: {other} other files below {folder} are left out; images are {suffixes}")
-    items = [Item(name_in(root, f), 0, "", scan(f, window) if is_dicom(f) else f) for f in files]
+        print(f"note: {other} other files below {folder} are left out; images are {READ}")
+    items = [Item(name_in(root, f), 0, "", scan(f, window) if f in dicom else f) for f in files]
     pixels, digests, deep = read_images(items, size, window)
-    if window and len(deep) + sum(map(is_dicom, files)) < len(files):
+    if window and len(deep) + len(dicom) < len(files):
         print("note: some have 8 bits; the run's images were made of values {:g} to {:g}".format(*window))
     return torch.from_numpy(pixels), [i.name for i in items], torch.from_numpy(digests.view(np.int64))
 

@@ -52,6 +52,7 @@ SETS = {
     "aptos2019": ("kaggle.com/competitions/aptos2019-blindness-detection", ["train.csv", "train_images"],
                   [], []),
 }
+READ = " ".join(sorted(SUFFIXES)) + " and DICOM"
 LEFT = f"folders called {', '.join(sorted(MASKS))} are not read"
 Look = namedtuple("Look", "pages convert patient window")   # of `look`
 Page = namedtuple("Page", "pixels window invert")           # of page_of
@@ -276,8 +277,7 @@ def plain_items(root, normal, anomalous):
             raise SystemExit(f"{flag}: a group of anomalies cannot be called {path.name}; rename it.")
         files = scans(path)
         if not files:
-            raise SystemExit(f"{flag}: no image below {path}; looked for {' '.join(sorted(SUFFIXES))} and "
-                             f"DICOM; {LEFT}.")
+            raise SystemExit(f"{flag}: no image below {path}; looked for {READ}; {LEFT}.")
         items += [Item(name_in(root, f), label, path.name, f) for f in files]
         folders.append(path)
     for one, other in itertools.permutations(folders, 2):
