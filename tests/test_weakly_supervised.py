@@ -418,3 +418,18 @@ def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["results", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no such file"):
         results.main()
+
+
+@pytest.mark.parametrize("top, k", [(0, 1), (0.01, 1), (0.25, 4), (1, 16)])
+def test_an_image_has_the_mean_of_its_highest_patches(top, k, tiny, tmp_path, monkeypatch):
+    """A share of them, at least one; the map is of all patches, as before."""
+    kept = {}
+
+    def keep(setting, score, **more):
+        kept.update(score=score, data=setting.data)
+        return {"auroc": 0.5}
+    monkeypatch.setattr(nearest, "finish", keep)
+    words = [*tiny, "--layers", 2, "--aggregate", 1, "--top", top, "--out", tmp_path / "run"]
+    assert call(nearest, *words) is None
+    scores, maps = kept["score"](kept["data"].test)
+    assert maps.shape == (30, 16) and torch.allclose(scores, maps.sort(1).values[:, -k:].mean(1))

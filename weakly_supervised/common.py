@@ -30,8 +30,8 @@ from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
 AGAIN = "the same command begins again, with the feature maps that are in the cache"
 
 
-def flags(description, layers, aggregate=None, size=256):
-    """The parser with the flags of all methods. Others: their defaults; aggregate None: no such flag."""
+def flags(description, layers, aggregate=None, size=256, top=0.0):
+    """The parser with the flags of all methods. Others: their defaults; aggregate None: no patches."""
     parser = make_parser(description)
     parser.set_defaults(default_size=size)
     shared_flags(parser)
@@ -51,6 +51,8 @@ def flags(description, layers, aggregate=None, size=256):
     if aggregate is not None:
         parser.add_argument("--aggregate", type=number(), default=aggregate, metavar="P", help="side of the "
                             f"neighbourhood that a patch is the mean of, odd (default: {aggregate})")
+        parser.add_argument("--top", type=number(float, 0, 1), default=top, help="share of an image's "
+                            f"patches, the highest, that its score is the mean of; 0: one (default: {top:g})")
     parser.add_argument("--fpr", type=number(float, above=0, high=0.99), default=0.05,
                         help="false-positive rate of decisions (default: 0.05)")
     parser.add_argument("--maps", action="store_true", help="write a heat map of each test image to OUT/maps")
@@ -136,13 +138,13 @@ class Setting:
         return (self.patches(maps, slice(i, i + 16)) for i in range(0, len(maps[0]), 16))
 
     def by_patches(self, patch_scores):
-        """How `finish` scores images: by their highest patch. patch_scores: (n, P, C) -> scores (n, P)."""
+        """How `finish` scores images: by their highest patches. patch_scores: (n, P, C) -> scores (n, P)."""
         @torch.no_grad()
         def score(images):
             if not len(images):
                 return torch.empty(0), torch.empty(0, 1)
             maps = torch.cat([patch_scores(x).cpu() for x in self.batches(self.features(images))])    # (n, P)
-            return maps.amax(1), maps
+            return maps.topk(max(1, round(self.args.top * maps.shape[1]))).values.mean(1), maps
         return score
 
 
