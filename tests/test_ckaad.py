@@ -14,6 +14,7 @@ from scipy import ndimage
 from sklearn.metrics import auc, roc_auc_score
 from torch import nn
 
+from extras import heat_maps
 from weakly_supervised import ckaad, common
 
 
@@ -216,8 +217,8 @@ def test_scores_and_maps_are_those_of_the_reconstructions():
     torch.testing.assert_close(whole.view(5, 1, 32, 32), expected, atol=2e-2, rtol=0)
     torch.testing.assert_close(scores, ckaad.image_scores(expected), atol=2e-2, rtol=0)
     assert scores.std() > 0.05                                      # so that the tolerance tells images apart
-    smooth = common.smoothed(whole[0].view(1, 1, 32, 32))
-    assert common.heat_map(whole[0], 32).max() == pytest.approx(smooth.max())
+    smooth = heat_maps.smoothed(whole[0].view(1, 1, 32, 32))
+    assert heat_maps.heat_map(whole[0], 32).max() == pytest.approx(smooth.max())
     none = ckaad.scorer(setting, model)(Maps([m[:0] for m in maps]))
     assert none[0].shape == (0,) and none[1].shape == (0, 1)
 
@@ -259,10 +260,10 @@ def test_pixel_metrics_equal_a_count():
     rates, found = np.array(rates), np.array(found)
     end = np.interp(0.3, rates, found)
     area = auc(np.append(rates[:at], 0.3), np.append(found[:at], end)) / 0.3
-    metrics = common.pixel_metrics(heat, masks)
+    metrics = heat_maps.pixel_metrics(heat, masks)
     assert metrics["pro"] == pytest.approx(area, abs=1e-7)
     assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks.flatten(), heat.flatten()))
-    assert common.pixel_metrics(masks.float(), masks)["pro"] == pytest.approx(1)
+    assert heat_maps.pixel_metrics(masks.float(), masks)["pro"] == pytest.approx(1)
 
 
 def test_masks_keep_thin_anomalies_and_may_be_of_ones(tmp_path):
@@ -276,13 +277,13 @@ def test_masks_keep_thin_anomalies_and_may_be_of_ones(tmp_path):
         for size in (64, 32, 16):
             if high == 1 and size < 64:
                 continue                                           # 1 of 255 is nothing once it is shared out
-            found = common.mask_of(tmp_path, "test/scratch/000.png", size)
+            found = heat_maps.mask_of(tmp_path, "test/scratch/000.png", size)
             rows, columns = found.nonzero().unbind(1)
             assert (columns + 0.5 - 31.5 * size / 64).abs().max() < 1
             assert abs(len(set(rows.tolist())) - 24 * size / 64) <= 1
     Image.fromarray(mask * 0).save(file)
-    assert common.mask_of(tmp_path, "test/scratch/000.png", 64) is None
-    assert common.mask_of(tmp_path, "test/scratch/001.png", 64) is None
+    assert heat_maps.mask_of(tmp_path, "test/scratch/000.png", 64) is None
+    assert heat_maps.mask_of(tmp_path, "test/scratch/001.png", 64) is None
 
 
 # The command line -------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def masked(folder, tmp_path_factory):
 
 def test_ckaad_from_the_command_line(tiny, masked, chain, tmp_path, monkeypatch, capsys):
     args = ["--data", masked, *tiny[2:], *FEW]
-    real, given = common.pixel_metrics, []
+    real, given = heat_maps.pixel_metrics, []
     monkeypatch.setattr(common, "pixel_metrics", lambda *maps: given.append(maps) or real(*maps))
     assert call(ckaad, *args, "--shots", 2, 6, "--out", tmp_path / "a", "--maps") is None
     printed = capsys.readouterr().out

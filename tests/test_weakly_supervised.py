@@ -19,6 +19,7 @@ from torch import nn
 
 import dia_lib
 from dia_lib import load_checkpoint, load_encoder, to_float
+from extras import heat_maps
 from extras.predict import local_features
 from weakly_supervised import backbones, common, nearest, results, wscxr
 
@@ -37,8 +38,8 @@ def test_patch_features_equal_a_loop():
                     for b in range(-(P // 2), P // 2 + 1):
                         if 0 <= i + a < 4 and 0 <= j + b < 4:
                             expected[:, 4 * i + j] += x[:, :, i + a, j + b] / P ** 2
-        assert torch.allclose(common.patch_features(maps, P), expected, atol=1e-6)
-        assert torch.allclose(common.patch_features(maps[::-1], P)[..., :2], expected[..., 3:], atol=1e-6)
+        assert torch.allclose(nearest.patch_features(maps, P), expected, atol=1e-6)
+        assert torch.allclose(nearest.patch_features(maps[::-1], P)[..., :2], expected[..., 3:], atol=1e-6)
 
 
 def test_nearest_distance_is_exact_and_chunks_change_nothing():
@@ -149,10 +150,10 @@ def test_youden_takes_the_best_difference_of_rates():
 def test_heat_map_is_bright_where_the_patch_is():
     scores = torch.zeros(8, 8)
     scores[1, 6] = 1
-    found = common.heat_map(scores.flatten(), 64)
+    found = heat_maps.heat_map(scores.flatten(), 64)
     y, x = divmod(int(found.argmax()), 64)
     assert found.shape == (64, 64) and 8 <= y < 16 and 48 <= x < 56
-    assert common.heat_map(torch.ones(1), 8).shape == (8, 8)
+    assert heat_maps.heat_map(torch.ones(1), 8).shape == (8, 8)
 
 
 # Backbones --------------------------------------------------------------------------------------------------
@@ -301,10 +302,12 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
         assert {r["anomaly"] for r in csv.DictReader((tmp_path / name / "scores.csv").open())} == {""}
     assert undecided["decision"] is undecided["val_auroc"] is None
     # A training image has distance 0 when all patches are kept.
-    setting = common.Setting(common.flags("", [3], 3), "x", [*map(str, tiny), "--out", str(tmp_path / "c")])
+    parser = nearest.patch_flags(common.flags("", [3]), 3, 0.0)
+    setting = common.Setting(parser, "x", [*map(str, tiny), "--out", str(tmp_path / "c")])
     memory = nearest.sample(setting, setting.features(setting.data.train), 0, 0)
     assert len(memory) == metrics["patches_kept"]
-    score = setting.by_patches(lambda x: nearest.nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]))
+    distance = nearest.nearest_distance
+    score = nearest.scorer(setting, lambda x: distance(x.flatten(0, 1), memory).view(x.shape[:2]))
     held = score(setting.data.held[setting.data.calibration])[0].numpy()    # what p-values are taken from
     expected = [(1 + (held >= s).sum()) / (len(held) + 1) for s in scores]
     assert [float(r["p_value"]) for r in rows] == pytest.approx(expected, abs=1e-5)
@@ -313,7 +316,7 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
 
 
 def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):
-    args = [*tiny, "--epochs", 30, "--lr", 0.01]
+    args = [*tiny, "--layers", 2, 3, "--epochs", 30, "--lr", 0.01]
     assert call(wscxr, *args, "--shots", 2, 6, "--out", tmp_path / "a") is None
     printed = capsys.readouterr().out
     found = {k: json.loads((tmp_path / f"a/shots-{k}/metrics.json").read_text()) for k in (2, 6)}
@@ -354,7 +357,8 @@ def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--shots", 18], "from 1 to 17"), (["--shots", 2, "--anomaly-class", "bent"], "are dent, scratch"),
-    (["--aggregate", 2], "odd"), (["--aggregate", -1], "from 1 on"), (["--retention", 0], "above 0, up to 1"),
+    (["--aggregate", 2], "choose from 1, 3, 5"), (["--retention", 0], "above 0, up to 1"),
+    (["--top", 1.1], "from 0, up to 1"),
     (["--retention", 1.1], "above 0, up to 1"), (["--epochs", 0], "--epochs: 0: needs an integer from 1 on"),
     (["--batch-size", 99], "from 1 to"), (["--fpr", 0], "above 0"), (["--fpr", 1], "up to 0.99"),
     (["--image-size", 8], "from 16 on"), (["--seed", -1], "--seed: -1: needs an integer from 0"),

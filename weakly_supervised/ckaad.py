@@ -20,9 +20,9 @@ from torchvision.transforms.v2 import ElasticTransform
 from tqdm import tqdm
 
 from dia_lib import Log, autocast, batch_indices, check_batch, check_loss, number, run
-from weakly_supervised.common import (
-    Checkpoint, Setting, cycle, finish, flags, load, results_of, runs_of, shots_flags, smoothed,
-)
+from extras.heat_maps import smoothed
+from weakly_supervised.common import Setting, cycle, finish, flags, load, runs_of, shots_flags
+from weakly_supervised.resume import Checkpoint, results_of
 
 STRATEGIES = "recon", "minus-anomaly", "gan", "image", "patch"     # as in Tab. 3
 MARGIN, GAMMA = 5.0, 0.5                                                    # a and gamma of Eq. 11

@@ -1,4 +1,4 @@
-"""What the methods of this folder share: flags, labelled anomalies, patch features, metrics, heat maps."""
+"""What the methods of this folder share: flags, feature maps, labelled anomalies, scoring a test set."""
 
 import argparse
 import csv
@@ -11,18 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy import ndimage
-from sklearn.metrics import auc, f1_score, roc_auc_score, roc_curve
-from torchvision.transforms.functional import gaussian_blur
+from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
 from dia_lib import (
-    Log, check_weights, data_name, decode, found, load_checkpoint, load_data, make_parser, number,
-    pick_device, precision, read_images, save_checkpoint, save_grid, send, shared_flags, step_generator,
-    to_float, whole,
+    Log, data_name, found, load_data, make_parser, number, pick_device, precision, read_images, save_grid,
+    send, shared_flags, step_generator, to_float, whole,
 )
 from evaluate import measure, tell
-from extras.choose import synthetic_defects
+from extras.choose import KINDS, synthetic_defects
+from extras.heat_maps import heat_map, mask_of, overlay, pixel_metrics
 from extras.predict import columns_of, decisions, impossible, p_values
 from extras.report import processor
 from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
@@ -30,8 +27,8 @@ from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
 AGAIN = "the same command begins again, with the feature maps that are in the cache"
 
 
-def flags(description, layers, aggregate=None, size=256, top=0.0):
-    """The parser with the flags of all methods. Others: their defaults; aggregate None: no patches."""
+def flags(description, layers, size=256):
+    """The parser with the flags of all methods; layers and size are defaults."""
     parser = make_parser(description)
     parser.set_defaults(default_size=size)
     shared_flags(parser)
@@ -48,11 +45,6 @@ def flags(description, layers, aggregate=None, size=256, top=0.0):
                         help=f"side in pixels the backbone sees (default: {size}; dia:RUN: as in the run)")
     parser.add_argument("--layers", type=int, nargs="+", default=layers, choices=(1, 2, 3, 4),
                         help=f"depths of the feature maps (default: {' '.join(map(str, layers))})")
-    if aggregate is not None:
-        parser.add_argument("--aggregate", type=number(), default=aggregate, metavar="P", help="side of the "
-                            f"neighbourhood that a patch is the mean of, odd (default: {aggregate})")
-        parser.add_argument("--top", type=number(float, 0, 1), default=top, help="share of an image's "
-                            f"patches, the highest, that its score is the mean of; 0: one (default: {top:g})")
     parser.add_argument("--fpr", type=number(float, above=0, high=0.99), default=0.05,
                         help="false-positive rate of decisions (default: 0.05)")
     parser.add_argument("--maps", action="store_true", help="write a heat map of each test image to OUT/maps")
@@ -87,8 +79,6 @@ class Setting:
         args = self.args = parser.parse_args(argv)
         self.changed = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
         self.method, size = method, vars(args).pop("default_size")
-        if "aggregate" in args and args.aggregate % 2 == 0:
-            raise SystemExit(f"--aggregate {args.aggregate}: needs an odd number.")
         args.layers = sorted(set(args.layers))
         seed = f"-s{args.seed}" if args.seed else ""
         self.out = Path(args.out or f"runs/{data_name(args.data)}-{method}{seed}")
@@ -128,24 +118,6 @@ class Setting:
         self.features(self.data.test, "test images")
         self.begun = time.perf_counter()
         return train
-
-    def patches(self, maps, rows):
-        """Patch features of some images, (n, P, C) float32 on the device; maps, rows: as for `load`."""
-        return patch_features(load(maps, rows, self.device), self.args.aggregate)
-
-    def batches(self, maps):
-        """Patch features of all images, 16 images at a time."""
-        return (self.patches(maps, slice(i, i + 16)) for i in range(0, len(maps[0]), 16))
-
-    def by_patches(self, patch_scores):
-        """How `finish` scores images: by their highest patches. patch_scores: (n, P, C) -> scores (n, P)."""
-        @torch.no_grad()
-        def score(images):
-            if not len(images):
-                return torch.empty(0), torch.empty(0, 1)
-            maps = torch.cat([patch_scores(x).cpu() for x in self.batches(self.features(images))])    # (n, P)
-            return maps.topk(max(1, round(self.args.top * maps.shape[1]))).values.mean(1), maps
-        return score
 
 
 def load(maps, rows, device):
@@ -197,73 +169,6 @@ def runs_of(setting, none=False):
     return runs
 
 
-def same_flags(setting, stored, shots, path):
-    """The command's flags, of one number of shots; exits unless path's (stored, if not None) are the same."""
-    free = ("data", "out", "device", "resume", "maps", "fpr")
-    own = {k: v for k, v in vars(setting.args).items() if k not in free}
-    own |= {"shots": shots, "fingerprint": setting.data.fingerprint}
-    for name, value in own.items():
-        if stored is not None and stored.get(name) != value:
-            if name == "fingerprint":
-                raise SystemExit(f"{path} was made with other images: --resume needs the same --data and "
-                                 "--holdout.")
-            flag = "--lambda" if name == "weight" else f"--{name.replace('_', '-')}"
-            raise SystemExit(f"{path} was made with {flag} {stored.get(name)}, not {value}: --resume needs "
-                             "the same command.")
-    return own
-
-
-def results_of(setting, out, shots):
-    """metrics.json of a run to resume; None where there is none, or it is to be scored once more."""
-    args, path = setting.args, out / "metrics.json"
-    if not path.exists():
-        return None
-    metrics = json.loads(path.read_text())
-    stored = metrics["settings"] | {"shots": len(metrics["shots"])}
-    same_flags(setting, stored, shots, path)
-    if stored["fpr"] != args.fpr or args.maps and not (out / "maps").exists():
-        return None
-    print(f"{out} has its results already")
-    return metrics
-
-
-class Checkpoint:
-    """OUT/<method>.pt: model, optimizers and step of a run with so many labelled anomalies, for --resume."""
-
-    def __init__(self, setting, out, model, optimizers, shots):
-        self.setting, self.path, self.shots = setting, out / f"{setting.method}.pt", shots
-        self.parts = {"model": model, **optimizers}
-
-    def load(self):
-        """The step to go on from: 0 without --resume or a checkpoint. Exits if other flags made it."""
-        if not self.setting.args.resume or not self.path.exists():
-            return 0
-        state = load_checkpoint(self.path, self.setting.method, "cpu")
-        same_flags(self.setting, state["settings"], self.shots, self.path)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        return state["step"]
-
-    def save(self, step, lr):
-        """Write it, unless a weight is not finite. lr: for that sentence."""
-        check_weights(self.parts["model"], step, lr)
-        settings = same_flags(self.setting, None, self.shots, self.path)
-        save_checkpoint(self.path, self.setting.method, settings,
-                        {"step": step, **{name: part.state_dict() for name, part in self.parts.items()}})
-
-
-def patch_features(maps, aggregate):
-    """Aligned, aggregated patch features (B, P, C) of maps [(B, C_l, h_l, w_l), ...]; P = h w of the largest.
-
-    Maps are brought to the size of the largest, stacked, and each position becomes the mean of its aggregate
-    x aggregate neighbourhood, zeros beyond the border. WSCXR Eq. 1-3; Roth et al. 2022 (arXiv:2106.08265),
-    Eq. 2.
-    """
-    size = max(tuple(m.shape[2:]) for m in maps)
-    x = torch.cat([F.interpolate(m, size, mode="bilinear") if m.shape[2:] != size else m for m in maps], 1)
-    return F.avg_pool2d(x, aggregate, 1, aggregate // 2).flatten(2).transpose(1, 2)
-
-
 def draw_shots(groups, shots, seed, anomaly_class=None, least=1, tested=True):
     """Indices (shots,) of the labelled anomalies to train on, of n anomalies. groups: n names.
 
@@ -297,16 +202,17 @@ def cycle(n, batch, seed, step):
 def validate(setting, score, held_scores):
     """AUROC of held-out normals (256 at most) against the same images with a synthetic defect: to choose by.
 
-    score: as in `finish`; held_scores: (n,) of the held-out normals that may choose. None without any.
+    score: as in `finish`; held_scores: (n,) of the held-out normals that may choose. Returns the mean over
+    KINDS; None without any.
     """
     held, aurocs = setting.data.held[~setting.data.calibration][:256], []
     if not len(held):
         return None
-    for i, kind in enumerate(("line", "patch")):
+    for i, kind in enumerate(KINDS):
         defects = synthetic_defects(held, kind, step_generator("cpu", 0, "synthetic defects", i))
         scores = torch.cat([held_scores[:256], score(defects)[0]])
         aurocs.append(float(roc_auc_score([0] * len(held) + [1] * len(defects), scores)))
-    return sum(aurocs) / 2
+    return sum(aurocs) / len(aurocs)
 
 
 def f1_accuracy(labels, decided):
@@ -320,36 +226,6 @@ def youden(labels, scores):
     return f1_accuracy(labels, scores >= thresholds[(true - false).argmax()])
 
 
-def mask_of(data, path, size):
-    """Where the anomaly is in a test image of MVTec's layout, (size, size) bool; None where no mask says it.
-
-    data: the folder; path: relative, test/<group>/<name>.png; its mask is
-    ground_truth/<group>/<name>_mask.png. A pixel is in it from half the highest value on: thin anomalies do
-    not vanish where masks are made smaller, and 0 and 1 are read, too.
-    """
-    inner = Path(path).with_suffix("").parts[1:]
-    file = Path(data).expanduser().joinpath("ground_truth", *inner[:-1], f"{inner[-1]}_mask.png")
-    mask = decode(file, size)[0][0] if file.is_file() else np.zeros(1)
-    return torch.from_numpy(mask > mask.max() / 2) if mask.any() else None
-
-
-def pixel_metrics(heat, masks, most=0.3):
-    """pixel_auroc, and pro: the mean share of a region that is found, over false-positive rates to `most`.
-
-    heat: (Q, H, H) float; masks: (Q, H, H) bool. A region is a connected one, over corners too. Bergmann et
-    al. 2020 (arXiv:1911.02357), Sec. 4; the area is divided by `most`, so that 1 is perfect.
-    """
-    weights = np.ones(masks.shape)
-    for weight, mask in zip(weights, masks.numpy(), strict=True):
-        regions, _ = ndimage.label(mask, np.ones((3, 3)))
-        weight[mask] = 1 / np.bincount(regions.ravel())[regions[mask]]
-    truth, values = masks.numpy().ravel(), heat.numpy().ravel()
-    false, pro, _ = roc_curve(truth, values, sample_weight=weights.ravel())
-    within = false < most
-    area = auc(np.append(false[within], most), np.append(pro[within], np.interp(most, false, pro)))
-    return {"pixel_auroc": float(roc_auc_score(truth, values)), "pro": float(area / most)}
-
-
 def finish(setting, score, out=None, shots=None, **more):
     """Score held-out and test images, write and print the results; return metrics.
 
@@ -360,7 +236,7 @@ def finish(setting, score, out=None, shots=None, **more):
     data, args, out = setting.data, setting.args, out or setting.out
     held, held_maps = score(data.held)
     calibration = held[data.calibration].numpy()
-    n, undecided = len(calibration), impossible(len(calibration), args.fpr)
+    n = len(calibration)
     test = np.setdiff1d(np.arange(len(data.labels)), shots.tested if shots else [])
     scores, maps = score(data.test)                                                             # (Q,), (Q, P)
     scores, labels, groups, apart = scores.numpy(), setting.labels, np.array(data.groups), {}
@@ -370,7 +246,7 @@ def finish(setting, score, out=None, shots=None, **more):
                  (("auroc_seen_class", test[seen | normal]), ("auroc_all", test))}
         test = test[~seen | normal]
     mine, truth, p = scores[test], labels[test], p_values(calibration, scores[test])
-    f1, accuracy = (None, None) if undecided else f1_accuracy(truth, p <= args.fpr)
+    f1, accuracy = (None, None) if impossible(n, args.fpr) else f1_accuracy(truth, p <= args.fpr)
     best_f1, best_accuracy = youden(truth, mine)
     metrics = {
         **measure(truth, mine, groups[test]), "decision": decisions(p, truth, args.fpr, n), **apart,
@@ -399,44 +275,49 @@ def finish(setting, score, out=None, shots=None, **more):
         temporary.write_text(json.dumps(metrics, indent=1))
     values = {k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")}
     Log(out, "evaluate", math.inf)(0, show=False, **values)
-    tell(metrics)
-    if undecided:
-        print(f"  {undecided}")
-    else:
-        rates = ["{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), metrics["decision"][name],
-                                                       *metrics["decision"][f"{name}_interval_95"])
-                 for name in ("false_positive_rate", "sensitivity")]
-        print(f"  at --fpr {args.fpr:g}, by {n} calibration normals: {'  '.join(rates)}")
-        print(f"  at that threshold F1 {f1:.3f}, accuracy {accuracy:.3f}")
-    if apart:
-        print(f"  that is of anomalies other than {args.anomaly_class}; of {args.anomaly_class} "
-              f"{apart['auroc_seen_class']:.4f}, of all {apart['auroc_all']:.4f}")
-    if masks:
-        print(f"  pixels: AUROC {metrics['pixel_auroc']:.4f}, PRO {metrics['pro']:.4f}")
-    if metrics["val_auroc"] is not None:
-        print(f"  synthetic defects on held-out normals: AUROC {metrics['val_auroc']:.3f}")
+    say(metrics)
     print(f"  wrote scores.csv, metrics.json, examples.png{', maps/' if args.maps else ''} to {out} "
           f"after {metrics['seconds']:.0f} s", flush=True)
     return metrics
+
+
+def say(metrics):
+    """Print what `finish` found."""
+    tell(metrics)
+    settings, decision = metrics["settings"], metrics["decision"] or {"calibration_normals": 0}
+    fpr, n = settings["fpr"], decision["calibration_normals"]
+    undecided = impossible(n, fpr)
+    if undecided:
+        print(f"  {undecided}")
+    else:
+        rates = ["{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), decision[name],
+                                                       *decision[f"{name}_interval_95"])
+                 for name in ("false_positive_rate", "sensitivity")]
+        print(f"  at --fpr {fpr:g}, by {n} calibration normals: {'  '.join(rates)}")
+        print("  at that threshold F1 {f1_at_fpr:.3f}, accuracy {accuracy_at_fpr:.3f}".format(**metrics))
+    if "auroc_all" in metrics:
+        print("  that is of anomalies other than {0}; of {0} {auroc_seen_class:.4f}, of all {auroc_all:.4f}"
+              .format(settings["anomaly_class"], **metrics))
+    if "pro" in metrics:
+        print("  pixels: AUROC {pixel_auroc:.4f}, PRO {pro:.4f}".format(**metrics))
+    if metrics["val_auroc"] is not None:
+        print(f"  synthetic defects on held-out normals: AUROC {metrics['val_auroc']:.3f}")
 
 
 def pictures(setting, out, scores, maps, test, normal):
     """examples.png, and with --maps OUT/maps/: heat maps over images. Red begins at normals' median patch."""
     low, high = normal.median(), torch.quantile(maps[test].amax(1), 0.99)
 
-    def overlay(i):
+    def pair(i):
         image = to_float(setting.data.test[i:i + 1], 3, "cpu")[0]                               # (3, H, W)
-        heat = heat_map(maps[i], image.shape[-1])
-        heat = ((heat - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)                       # (H, W)
-        red = torch.stack([heat, torch.zeros_like(heat), torch.zeros_like(heat)])
-        return image, image * (1 - 0.6 * heat) + 0.6 * red
+        return image, overlay(image, heat_map(maps[i], image.shape[-1]), low, high)
 
     order = torch.from_numpy(test[np.argsort(-scores[test], kind="stable")])
     labels, rows = setting.data.labels[order], {}
     for name, label in (("anomalies", 1), ("normals", 0)):
         ranked = order[labels == label].tolist()
         rows |= {f"{name}, highest scores": ranked[:4], f"{name}, lowest": ranked[-4:]}
-    grid = [[tile for i in row for tile in overlay(i)] for row in rows.values()]
+    grid = [[tile for i in row for tile in pair(i)] for row in rows.values()]
     scale, captions = max(1, 128 // setting.data.test.shape[-1]), ["image", "score of patches"]
     grid = [row + [None] * (8 - len(row)) for row in grid]
     save_grid(out / "examples.png", grid, captions * 4, scale, list(rows))
@@ -444,16 +325,4 @@ def pictures(setting, out, scores, maps, test, normal):
         for i in test.tolist():
             path = out / "maps" / f"{setting.data.paths[i]}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_grid(path, [list(overlay(i))], captions, scale)
-
-
-def heat_map(scores, size):
-    """Patch scores (P,) of a square grid as a map (size, size): bilinear, then smoothed."""
-    side = math.isqrt(len(scores))
-    return smoothed(F.interpolate(scores.view(1, 1, side, side), (size, size), mode="bilinear"))[0, 0]
-
-
-def smoothed(maps):
-    """Maps (n, 1, H, H) under a Gaussian of 4 pixels in 256, to four deviations, as in both papers' code."""
-    sigma = 4 * maps.shape[-1] / 256
-    return gaussian_blur(maps, 2 * math.ceil(4 * sigma) + 1, sigma)
+            save_grid(path, [list(pair(i))], captions, scale)

@@ -17,9 +17,8 @@ from dia_lib import (
     Log, autocast, batch_indices, check_loss, number, run, step_generator, to_channels, to_float,
 )
 from extras.choose import cut_paste
-from weakly_supervised.common import (
-    Checkpoint, Setting, cycle, finish, flags, results_of, runs_of, shots_flags,
-)
+from weakly_supervised.common import Setting, cycle, finish, flags, runs_of, shots_flags
+from weakly_supervised.resume import Checkpoint, results_of
 
 HEADS = ("seen", "pseudo", "residual", "normality")
 NORMAL, SEEN, PSEUDO = 0, 1, 2                                              # kinds of training images

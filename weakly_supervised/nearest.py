@@ -9,9 +9,51 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("Run it as python -m weakly_supervised.nearest, in the project's folder.")
 
 import torch
+import torch.nn.functional as F
 
 from dia_lib import number, run, step_generator
-from weakly_supervised.common import AGAIN, Setting, finish, flags
+from weakly_supervised.common import AGAIN, Setting, finish, flags, load
+
+
+def patch_flags(parser, aggregate, top):
+    """The flags of methods that score patches; aggregate, top: defaults. Returns the parser."""
+    parser.add_argument("--aggregate", type=int, choices=range(1, 16, 2), default=aggregate, metavar="P",
+                        help=f"a patch is the mean of P x P positions; 1, 3, 5, ... (default: {aggregate})")
+    parser.add_argument("--top", type=number(float, 0, 1), default=top, help="share of an image's patches, "
+                        f"the highest, that its score is the mean of; 0: one patch (default: {top:g})")
+    return parser
+
+
+def patch_features(maps, aggregate):
+    """Aligned, aggregated patch features (B, P, C) of maps [(B, C_l, h_l, w_l), ...]; P = h w of the largest.
+
+    Maps are brought to the size of the largest, stacked, and each position becomes the mean of its aggregate
+    x aggregate neighbourhood, zeros beyond the border. WSCXR Eq. 1-3; PatchCore Eq. 2.
+    """
+    size = max(tuple(m.shape[2:]) for m in maps)
+    x = torch.cat([F.interpolate(m, size, mode="bilinear") if m.shape[2:] != size else m for m in maps], 1)
+    return F.avg_pool2d(x, aggregate, 1, aggregate // 2).flatten(2).transpose(1, 2)
+
+
+def patches(setting, maps, chunk=16):
+    """Patch features of the images that maps are of, (chunk, P, C) float32 on the device at a time."""
+    for i in range(0, len(maps[0]), chunk):
+        yield patch_features(load(maps, slice(i, i + chunk), setting.device), setting.args.aggregate)
+
+
+def scorer(setting, patch_scores):
+    """How `finish` scores images: by the mean of their highest patches.
+
+    patch_scores: (n, P, C) -> (n, P).  PatchCore Eq. 6 with --top 0, WSCXR likewise.
+    """
+    @torch.no_grad()
+    def score(images):
+        if not len(images):
+            return torch.empty(0), torch.empty(0, 1)
+        scores = torch.cat([patch_scores(x).cpu() for x in patches(setting, setting.features(images))])
+        highest = max(1, round(setting.args.top * scores.shape[1]))
+        return scores.topk(highest).values.mean(1), scores
+    return score
 
 
 def nearest_distance(x, memory, chunk=2 ** 24):
@@ -28,7 +70,7 @@ def sample(setting, maps, most, seed):
     n, P = len(maps[0]), max(array.shape[2] * array.shape[3] for array in maps)
     keep = torch.zeros(n * P, dtype=torch.bool)
     keep[torch.randperm(n * P, generator=step_generator("cpu", seed, "patches", 0))[:most or n * P]] = True
-    parts = zip(setting.batches(maps), keep.view(n, P).split(16), strict=True)
+    parts = zip(patches(setting, maps), keep.view(n, P).split(16), strict=True)
     return torch.cat([x[kept.to(x.device)] for x, kept in parts])
 
 
@@ -48,7 +90,7 @@ def greedy_coreset(x, m, generator, dims=128):
 
 
 def main():
-    parser = flags(__doc__.splitlines()[0], layers=[3], aggregate=3)
+    parser = patch_flags(flags(__doc__.splitlines()[0], layers=[3]), aggregate=3, top=0.0)
     parser.add_argument("--patches", type=number(low=0), default=20_000,
                         help="normal patches to keep, drawn at random; 0: all (default: 20000)")
     parser.add_argument("--coreset", type=number(float, above=0, high=1), default=1.0,
@@ -61,7 +103,7 @@ def main():
     if args.coreset < 1:
         generator = step_generator("cpu", args.seed, "coreset", 0)
         memory = memory[greedy_coreset(memory, max(1, round(len(memory) * args.coreset)), generator)]
-    score = setting.by_patches(lambda x: nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]))
+    score = scorer(setting, lambda x: nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]))
     metrics = finish(setting, score, patches_kept=len(memory))
     print(f"auroc {metrics['auroc']:.4f}")
 

@@ -20,7 +20,7 @@ from dia_lib import (
     Log, batch_indices, check_batch, check_loss, number, run, save_checkpoint, send, step_generator,
 )
 from weakly_supervised.common import AGAIN, Setting, finish, flags, runs_of, shots_flags
-from weakly_supervised.nearest import nearest_distance, sample
+from weakly_supervised.nearest import nearest_distance, patch_flags, patches, sample, scorer
 
 
 def mine(anomalous, normal, retention):
@@ -83,7 +83,7 @@ def train(setting, normal, mined, out):
 
 
 def main():
-    parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], aggregate=5))
+    parser = shots_flags(patch_flags(flags(__doc__.splitlines()[0], layers=[4]), aggregate=5, top=0.0))
     parser.add_argument("--retention", type=number(float, above=0, high=1), default=0.2,
                         help="share of the anomalies' patches that mining keeps (default: 0.2)")
     parser.add_argument("--mining", action=argparse.BooleanOptionalAction, default=True,
@@ -105,20 +105,17 @@ def main():
     runs = runs_of(setting)
     setting.say(f"{args.epochs} epochs")
     maps = setting.begin()
-    first = setting.patches(maps, slice(0, 1))
-    normal = torch.empty(len(data.train), *first.shape[1:], dtype=torch.float16)  # (M, P, C), 0.3 MB an image
-    for part, x in zip(normal.split(16), setting.batches(maps), strict=True):
-        part.copy_(x)
+    normal = torch.cat([x.half().cpu() for x in patches(setting, maps)])          # (M, P, C), 40 kB an image
     known = sample(setting, maps, args.patches, args.seed) if args.mining else None
     for out, shots in runs:
         setting.begun = time.perf_counter()
-        anomalous = setting.patches(setting.features(shots.images), slice(None)).flatten(0, 1)
+        anomalous = torch.cat([*patches(setting, setting.features(shots.images))]).flatten(0, 1)
         mined = mine(anomalous, known, args.retention) if args.mining else anomalous
         net = train(setting, normal, mined, out)
         save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": len(shots.images)},
                         {"discriminator": net.state_dict()})
         print(f"{len(shots.images)} labelled, {len(mined)} of {len(anomalous)} patches:")
-        metrics = finish(setting, setting.by_patches(lambda x, net=net: net(x).squeeze(2)), out, shots)
+        metrics = finish(setting, scorer(setting, lambda x, net=net: net(x).squeeze(2)), out, shots)
     print(f"auroc {metrics['auroc']:.4f}")
 
 
