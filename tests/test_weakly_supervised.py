@@ -391,11 +391,12 @@ def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
     """Seeds are put together, switches and groups told apart; a run that comes again is replaced."""
     for name, file in (("TABLE", "results.csv"), ("README", "README.md")):
         monkeypatch.setattr(results, name, tmp_path / file)
-    (tmp_path / "README.md").write_text("a\n<!-- study: weakly supervised -->\nold\n<!-- end -->\nb\n")
+    (tmp_path / "README.md").write_text("<!-- study: another -->\nold\n<!-- end -->\na\n"
+                                         "<!-- study: elpv -->\nold\n<!-- end -->\nb\n")
     settings = {"data": "elpv", "method": "wscxr", "backbone": "dia:runs/x", "image_size": 64, "layers": [3],
                 "seed": 0, "anomaly_class": None}
     metrics = dict.fromkeys(results.FIGURES) | {"auroc": 0.8, "within_group_mean": 0.75, "seconds": 90,
-                                               "shots": ["a", "b"], "processor": "AMD EPYC"}
+                                               "shots": ["a", "b"], "processor": "AMD EPYC", "decision": None}
 
     def run(name, figures, changed=None, **words):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -406,17 +407,21 @@ def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
 
     run("a", {"auroc": 0.7})
     run("b", {"auroc": 0.9}, seed=1, backbone="dia:runs/x-s1")
-    run("e", {}, data="another")                            # another set is in another table
+    decision = {"false_positive_rate": 0.25}
+    run("e", {"pro": 0.5, "decision": decision}, data="another")                # another set, another table
     run("c", {"auroc": 0.96}, {"mining": False, "epochs": 3, "layers": [3], "out": "x"})
     run("d", {"auroc": 0.97}, {"anomaly_class": "mono"}, anomaly_class="mono")
     run("a", {"auroc": 0.8})
     run("f", {"auroc": 0.99}, {"labelled": [0.05], "lr": 0.1}, method="ckaad")
     run("g", {"auroc": 0.98}, {"labelled": [0.05]}, method="ckaad", backbone="efficientnet_lite0")
     lines = (tmp_path / "README.md").read_text().splitlines()
+    assert lines[2].endswith("| false-positive rate at `--fpr 0.05` | pixels: AUROC / PRO | minutes |")
+    assert lines[4].endswith("| 0.250 | 0.500 | 1.5 |")
+    lines = lines[7:]
     assert lines[0] == "a" and lines[-1] == "b" and len(lines) == 13
     assert lines[5].startswith("| `ckaad` | eff") and lines[6].startswith("| `ckaad` `lr=0.1` | dia:x ")
     assert lines[7] == ("| `wscxr` | dia:x 64 px, layers 3 | 2 | 0, 1 | **0.850 ± 0.071** (0.800, 0.900) | "
-                        "0.750 ± 0.000 |  | 1.5 |")
+                        "0.750 ± 0.000 | 1.5 |")
     assert lines[8].startswith("| `wscxr` trained on mono |")
     assert lines[9].startswith("| `wscxr` `mining=False` `epochs=3` |")
     monkeypatch.setattr("sys.argv", ["results", str(tmp_path / "none")])
