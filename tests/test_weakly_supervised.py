@@ -302,8 +302,8 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
         assert {r["anomaly"] for r in csv.DictReader((tmp_path / name / "scores.csv").open())} == {""}
     assert undecided["decision"] is undecided["val_auroc"] is None
     # A training image has distance 0 when all patches are kept.
-    parser = nearest.patch_flags(common.flags("", [3]), 3, 0.0)
-    setting = common.Setting(parser, "x", [*map(str, tiny), "--out", str(tmp_path / "c")])
+    words = [*map(str, tiny), "--out", str(tmp_path / "c")]
+    setting = common.Setting(nearest.patch_flags(""), "x", words)
     memory = nearest.sample(setting, setting.features(setting.data.train), 0, 0)
     assert len(memory) == metrics["patches_kept"]
     distance = nearest.nearest_distance

@@ -15,12 +15,13 @@ from dia_lib import number, run, step_generator
 from weakly_supervised.common import AGAIN, Setting, finish, flags, load
 
 
-def patch_flags(parser, aggregate, top):
-    """The flags of methods that score patches; aggregate, top: defaults. Returns the parser."""
-    parser.add_argument("--aggregate", type=int, choices=range(1, 16, 2), default=aggregate, metavar="P",
-                        help=f"a patch is the mean of P x P positions; 1, 3, 5, ... (default: {aggregate})")
-    parser.add_argument("--top", type=number(float, 0, 1), default=top, help="share of an image's patches, "
-                        f"the highest, that its score is the mean of; 0: one patch (default: {top:g})")
+def patch_flags(description):
+    """The parser of methods that score patches."""
+    parser = flags(description, layers=[3, 4])
+    parser.add_argument("--aggregate", type=int, choices=range(1, 16, 2), default=5, metavar="P",
+                        help="a patch is the mean of P x P positions; 1, 3, 5, ... (default: 5)")
+    parser.add_argument("--top", type=number(float, 0, 1), default=0.1, help="share of an image's patches, "
+                        "the highest, that its score is the mean of; 0: one patch (default: 0.1)")
     return parser
 
 
@@ -90,7 +91,7 @@ def greedy_coreset(x, m, generator, dims=128):
 
 
 def main():
-    parser = patch_flags(flags(__doc__.splitlines()[0], layers=[3]), aggregate=3, top=0.0)
+    parser = patch_flags(__doc__.splitlines()[0])
     parser.add_argument("--patches", type=number(low=0), default=20_000,
                         help="normal patches to keep, drawn at random; 0: all (default: 20000)")
     parser.add_argument("--coreset", type=number(float, above=0, high=1), default=1.0,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dia_lib import (
     Log, batch_indices, check_batch, check_loss, number, run, save_checkpoint, send, step_generator,
 )
-from weakly_supervised.common import AGAIN, Setting, finish, flags, runs_of, shots_flags
+from weakly_supervised.common import AGAIN, Setting, finish, runs_of, shots_flags
 from weakly_supervised.nearest import nearest_distance, patch_flags, patches, sample, scorer
 
 
@@ -83,7 +83,7 @@ def train(setting, normal, mined, out):
 
 
 def main():
-    parser = shots_flags(patch_flags(flags(__doc__.splitlines()[0], layers=[4]), aggregate=5, top=0.0))
+    parser = shots_flags(patch_flags(__doc__.splitlines()[0]))
     parser.add_argument("--retention", type=number(float, above=0, high=1), default=0.2,
                         help="share of the anomalies' patches that mining keeps (default: 0.2)")
     parser.add_argument("--mining", action=argparse.BooleanOptionalAction, default=True,
@@ -105,7 +105,7 @@ def main():
     runs = runs_of(setting)
     setting.say(f"{args.epochs} epochs")
     maps = setting.begin()
-    normal = torch.cat([x.half().cpu() for x in patches(setting, maps)])          # (M, P, C), 40 kB an image
+    normal = torch.cat([x.half().cpu() for x in patches(setting, maps)])          # (M, P, C), 220 kB an image
     known = sample(setting, maps, args.patches, args.seed) if args.mining else None
     for out, shots in runs:
         setting.begun = time.perf_counter()
