@@ -903,16 +903,18 @@ def flattened(image):
 
 
 def decode(source, size, window=None):
-    """A path, or an array uint8 (H, W[, 3]) -> pixels uint8 (C, size, size), C = 1 if grey; a digest; levels.
+    """A path, array uint8 (H, W[, 3]) or PIL image -> pixels uint8 (C, size, size), a digest, levels.
 
-    Brought to a square by antialiased bilinear resizing. The digest, an int of 64 bits, is of all its pixels.
+    C is 1 if it is grey. Brought to a square by antialiased bilinear resizing; with size None it stays as it
+    is, (C, H, W). The digest, an int of 64 bits, is of all its pixels.
     window: (low, high), values that become 0 and 255 where the file has more than 8 bits; without it, 16 bits
     unsigned are taken by their full range, and others refused.  levels: (256,) bool, the grey levels used
     where the file has more than 8 bits, else None.
     """
     # choice: the aspect is not kept (as in the released code), what is transparent becomes black
     try:
-        image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else (
+            Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source))
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, {Image.MAX_IMAGE_PIXELS:,} at most")
         (pages, kind), inverted = stored(image), white_is_zero(image)
@@ -933,11 +935,12 @@ def decode(source, size, window=None):
         digest = hashlib.sha256(f"{image.size}".encode())
         digest.update(image.tobytes())
         levels = np.bincount(np.asarray(image).ravel(), minlength=256) > 0 if kind != "8-bit" else None
-        image = image.resize((size, size), Image.Resampling.BILINEAR)   # as it is where the size is the same
+        if size:                                                    # nothing changes if it has that size
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
     except (OSError, ValueError, TypeError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         raise SystemExit(f"{source} cannot be read as an image ({str(error) or 'too little memory'}): repair "
                          "or remove it, or let python -m extras.prepare leave it out.") from None
-    pixels = np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+    pixels = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
     return pixels, int.from_bytes(digest.digest()[:8], "little"), levels
 
 

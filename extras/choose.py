@@ -29,7 +29,8 @@ from dia_lib import (
     normal_label, pick_device, read_images, run, shared_flags, step_generator,
 )
 from evaluate import data_of
-from extras.predict import SCORES, local_fit, local_score
+from extras.local import local_fit, local_score
+from extras.predict import SCORES
 
 KINDS = ("line", "patch", "haze")       # of synthetic defects: thin, with edges, diffuse
 

@@ -14,20 +14,31 @@ from dia_lib import decode
 
 
 def heat_map(scores, size):
-    """Patch scores (P,) of a square grid as a map (size, size): bilinear, then smoothed."""
-    side = math.isqrt(len(scores))
-    return smoothed(F.interpolate(scores.view(1, 1, side, side), (size, size), mode="bilinear"))[0, 0]
+    """Patch scores (P,) of a square grid as a map of size (H, W), or of a side: bilinear, then smoothed."""
+    side, size = math.isqrt(len(scores)), (size, size) if isinstance(size, int) else tuple(size)
+    return smoothed(F.interpolate(scores.view(1, 1, side, side), size, mode="bilinear"))[0, 0]
 
 
 def smoothed(maps):
-    """Maps (n, 1, H, H) under a Gaussian of 4 pixels in 256, to four deviations, as in both papers' code."""
-    sigma = 4 * maps.shape[-1] / 256
-    return gaussian_blur(maps, 2 * math.ceil(4 * sigma) + 1, sigma)
+    """Maps (n, 1, H, W) under a Gaussian of 4 pixels in 256, to four deviations, as in both papers' code."""
+    sigma = [4 * side / 256 for side in maps.shape[:1:-1]]                                  # along W, along H
+    return gaussian_blur(maps, [2 * math.ceil(4 * s) + 1 for s in sigma], sigma)
+
+
+def colours(maps):
+    """{low, high}: the colours of heat maps, by held-out normals' patch scores (n, P); 0 and 1 without any.
+
+    Red begins at their median, and is full twice as far above it as their highest one in a thousand.
+    """
+    if not maps.numel():
+        return {"low": 0.0, "high": 1.0}
+    values = np.quantile(maps.numpy(), [0.5, 0.999])
+    return {"low": float(values[0]), "high": float(2 * values[1] - values[0])}
 
 
 def overlay(image, heat, low, high):
     """The image (3, H, W) in [0, 1], reddened where heat (H, W) is above `low`, most from `high` on."""
-    heat = ((heat - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    heat = ((heat - low) / max(high - low, 1e-12)).clamp(0, 1)
     red = torch.stack([heat, torch.zeros_like(heat), torch.zeros_like(heat)])
     return image * (1 - 0.6 * heat) + 0.6 * red
 

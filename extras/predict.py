@@ -1,38 +1,49 @@
-"""Score images of your own by a run of train_dia.py, without labels. Higher means more anomalous.
+"""Score images of your own by a trained run, without labels. Higher means more anomalous.
 
-    python -m extras.predict runs/lungs new_scans               # every image below that folder
-    python -m extras.predict runs/lungs new_scans --fpr 0.01    # call fewer normal images anomalies
-    python -m extras.predict runs/lungs --test                  # how such decisions do on the run's test set
+    python -m extras.predict runs/lungs new_scans                   # every image below that folder
+    python -m extras.predict runs/lungs a.png "more/*.tif" --maps   # files, patterns; a heat map each
+    python -m extras.predict runs/lungs-nearest new_scans           # a run of weakly_supervised, too
+    python -m extras.predict runs/lungs new_scans --fpr 0.01        # call fewer normal images anomalies
+    python -m extras.predict runs/lungs --test                      # how it decides on the run's test set
 
-Writes scores.csv (path, score, p_value, anomaly, seen), most anomalous first, and examples.png, to
-RUN/images/<folder's name>. The first call needs the training data, and keeps what it needs of them in
-RUN/predict.pt; later ones do not.
+Writes scores.csv (path, score, p_value, anomaly, seen), most anomalous first, and examples.png, to a new
+folder below RUN/images. For a run of train_dia.py the first call needs the training data, and keeps what it
+needs of them in RUN/predict.pt; later ones do not.
 
-    from extras.predict import load_images, load_run            # the same from Python
+    from extras.predict import load_run                             # the same from Python
     run = load_run("runs/lungs")
-    images, paths, digests = load_images("new_scans", run.settings["image_size"], run.settings["window"])
-    scores, p = run.score(images)                               # (n,) and (n,)
+    scores, p = run.score("new_scans")      # or a file, a list of files, a PIL image, an array: (n,) and (n,)
+    heat = run.heat_map("new_scans/a.png")  # (H, W), of the image's own size
 """
 
 if __name__ == "__main__" and not __package__:
     raise SystemExit("Run it as python -m extras.predict, in the project's folder.")
 
 import csv
+import glob
+import itertools
 import json
 import math
+import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.stats import binomtest
+from PIL import Image
+from tqdm import tqdm
 
 from dia_lib import (
-    SUFFIXES, Encoder, Item, autocast, csi_parts, embed, load_checkpoint, load_encoder, make_parser, name_in,
-    number, pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, to_float, whole,
+    SUFFIXES, Item, csi_parts, decode, embed, load_checkpoint, load_encoder, make_parser, name_in,
+    number, pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, to_channels, whole,
 )
 from evaluate import auroc_interval, data_of, remembered, training_stats, weights_of
+from extras.decisions import columns_of, decisions, impossible, p_values, threshold
+from extras.heat_maps import colours, heat_map, overlay
+from extras.local import local_fit, local_maps
 from extras.prepare import LEFT, READ, look, page_of, scans, to_8_bit
 
 SCORES = ("csi", "cos", "local")        # the paper's; its cosine alone; nearest neighbour of local features
@@ -40,54 +51,84 @@ SCORES = ("csi", "cos", "local")        # the paper's; its cosine alone; nearest
 
 def arguments(argv=None):
     parser = make_parser(__doc__, usage=None)
-    parser.add_argument("run", metavar="RUN", help="folder of a run of train_dia.py")
-    parser.add_argument("images", metavar="IMAGES", nargs="?", help="folder of images, at any depth")
+    parser.add_argument("run", metavar="RUN", help="folder of a run of train_dia.py or of weakly_supervised")
+    parser.add_argument("images", metavar="IMAGES", nargs="*", help="folders of images at any depth, files, "
+                        "or patterns such as \"scans/*.png\"")
     parser.add_argument("--test", action="store_true", help="the run's own test set instead: AUROC, and what "
                         "deciding by p <= fpr does, for each score; writes RUN/decisions.json")
     shared_flags(parser, data=None)
-    parser.add_argument("--score", choices=SCORES, default="csi", help="csi: the paper's; cos: its cosine "
-                        "alone; local: nearest neighbour of local features (default: csi)")
+    parser.add_argument("--score", choices=SCORES, default="csi", help="of a run of train_dia.py: csi, the "
+                        "paper's; cos, its cosine alone; local, nearest neighbour of local features "
+                        "(default: csi)")
     parser.add_argument("--fpr", type=number(float, above=0, high=0.99), default=0.05,
                         help="share of normal images that may be called anomalies (default: 0.05)")
+    parser.add_argument("--maps", action="store_true", help="write a heat map of each image to TO/maps: over "
+                        "the image (.png), and the scores of its patches (.npy)")
     parser.add_argument("--passes", type=number(), default=10, help="test-time passes averaged (default: 10)")
     parser.add_argument("--batch-size", type=number(), default=96,
                         help="images a step, before shifts (default: 96)")
-    parser.add_argument("--to", metavar="FOLDER", help="where to write (default: RUN/images/<name>)")
+    parser.add_argument("--to", metavar="FOLDER", help="where to write (default: a new folder in RUN/images)")
     args = parser.parse_intermixed_args(argv)                   # IMAGES may stand after the flags
     if args.test == bool(args.images):
-        parser.error("give either a folder of images or --test")
+        parser.error("give either images (folders, files, patterns) or --test")
+    if args.to and (Path(args.to) / "scores.csv").exists():
+        parser.error(f"{args.to} holds scores.csv already: choose another folder, or remove it")
     return args
 
 
-# ---- Images, and the local score -----------------------------------------------------------------------
+# ---- Images --------------------------------------------------------------------------------------------
 
 
-def load_images(folder, size, window=None):
-    """All images and scans below a folder, of any format and size. No copy is kept on disk.
+def files_of(sources):
+    """Folders, files and patterns, a path or several: [files], the folder that their names are relative to.
 
-    window: (low, high) that the run's set was prepared with, `settings["window"]`; new scans get the same.
-    Returns images (n, C, size, size) uint8, n paths relative to the folder, and digests (n,) int64 of their
-    pixels, as in Data.digests. Says how many other files there are. Exits where there is no image.
+    Images and scans at any depth of the folders. Says how many other files there are. Exits where there is
+    none.
     """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise SystemExit(f"{folder}: no such folder.")
-    files = scans(root)
-    dicom = {f for f in files if f.suffix.lower() not in SUFFIXES}
-    if not files:
-        raise SystemExit(f"{folder}: no image below it; looked for {READ}; {LEFT}.")
-    other = sum(f.is_file() and not f.name.startswith(".") for f in root.rglob("*")) - len(files)
+    sources = [sources] if isinstance(sources, str | os.PathLike) else sources
+    found, other = {}, 0
+    for source in sources:
+        path = Path(source).expanduser()
+        matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not matches:
+            raise SystemExit(f"{source}: no such file or folder.")
+        files = [f for p in matches for f in (scans(p) if p.is_dir() else [p])]
+        if not files:
+            raise SystemExit(f"{source}: no image below it; looked for {READ}; {LEFT}.")
+        found |= dict.fromkeys(files)                                               # in order, each once
+        other += sum(f.is_file() and not f.name.startswith(".") and f not in found
+                     for p in matches if p.is_dir() for f in p.rglob("*"))
     if other:
-        print(f"note: {other} other files below {folder} are left out; images are {READ}")
-    items = [Item(name_in(root, f), 0, "", scan(f, window) if f in dicom else f) for f in files]
-    pixels, digests, deep = read_images(items, size, window)
-    if window and len(deep) + len(dicom) < len(files):
+        print(f"note: {other} other files there are left out; images are {READ}")
+    folder = Path(sources[0]).expanduser()
+    alone = len(sources) == 1 and folder.is_dir()
+    return list(found), folder if alone else Path(os.path.commonpath([f.parent for f in found]))
+
+
+def load_images(sources, size, window=None):
+    """All images and scans of folders, files and patterns, of any format and size. No copy is kept on disk.
+
+    sources: a path or several.  window: (low, high) that the run's set was prepared with,
+    `settings["window"]`; new scans get the same. Returns images (n, C, size, size) uint8, n names, digests
+    (n,) int64 of their pixels, as in Data.digests, and the n files. Exits where there is none.
+    """
+    files, root = files_of(sources)
+    deep = [f for f in files if f.suffix.lower() not in SUFFIXES]
+    items = [Item(name_in(root, f), 0, "", source_of(f, window)) for f in files]
+    pixels, digests, deeper = read_images(items, size, window)
+    if window and len(deep) + len(deeper) < len(files):
         print("note: some have 8 bits; the run's images were made of values {:g} to {:g}".format(*window))
-    return torch.from_numpy(pixels), [i.name for i in items], torch.from_numpy(digests.view(np.int64))
+    names = [item.name for item in items]
+    return torch.from_numpy(pixels), names, torch.from_numpy(digests.view(np.int64)), files
 
 
-def scan(path, window):
-    """A DICOM file of one page as uint8, by a window (low, high), or, where that is None, by its header's."""
+def source_of(path, window):
+    """What `decode` reads of a file: its path, or of a DICOM file of one page its pixels, uint8.
+
+    By a window (low, high), or, where that is None, by its header's.
+    """
+    if path.suffix.lower() in SUFFIXES:
+        return path
     seen = look(path)
     if isinstance(seen, str):
         raise SystemExit(seen)
@@ -101,167 +142,133 @@ def scan(path, window):
     return to_8_bit(page, window)
 
 
-@torch.no_grad()
-def local_features(encoder, images, device):
-    """The direction of the encoder's third stage at each of P positions: (n, P, 256) float32 of length 1.
-
-    images: (n, C', H, W) uint8; no shift, no augmentation. P = (H/16)**2, with the cifar stem (H/4)**2.
-    Returned on the device.
-    """
-    training, b = encoder.training, encoder.backbone
-    encoder.eval()
-    x = (to_float(images, b.conv1.in_channels, device) - 0.5) / 0.5                 # as the encoder's forward
-    with autocast(device):
-        h = b.maxpool(b.relu(b.bn1(b.conv1(x.contiguous(memory_format=torch.channels_last)))))
-        maps = b.layer3(b.layer2(b.layer1(h)))                                      # (n, 256, h, w)
-    encoder.train(training)
-    return F.normalize(maps.float().flatten(2).transpose(1, 2), dim=2)
-
-
-def local_fit(encoder, images, device, batch=96, most=50_000):
-    """What local_score needs of training images (M, C', H, W) uint8: (at most `most`, 256), a fixed draw."""
-    known, keep = [], None
-    for i in range(0, len(images), batch):
-        features = local_features(encoder, images[i:i + batch], device)
-        if keep is None:
-            P = features.shape[1]
-            keep = torch.zeros(len(images) * P, dtype=torch.bool)
-            keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:most]] = True
-        rows = features.flatten(0, 1).cpu()                                         # (n*P, 256)
-        known.append(rows[keep[i * P:i * P + len(rows)]])
-    return torch.cat(known)
-
-
-def local_score(known, encoder, images, device, batch=96):
-    """The position least like any training image: max over positions of 1 - cosine to the nearest, (Q,).
-
-    known: of local_fit; images: (Q, C', H, W) uint8. Higher = more anomalous. Not in the paper: the nearest
-    neighbour of PatchCore (Roth et al. 2022, arXiv:2106.08265) on features of an encoder trained here.
-    """
-    scores, known = [], known.to(device)
-    for part in images.split(batch):
-        features = local_features(encoder, part, device)                            # (n, P, 256)
-        chunk = max(1, 2 ** 24 // (len(known) * features.shape[1]))                 # about 64 MB
-        scores += [1 - (f @ known.T).amax(2).amin(1).cpu() for f in features.split(chunk)]
-    return torch.cat(scores)
-
-
 # ---- A run, ready to score -----------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    """A trained run, ready to score images; of load_run."""
+    """A trained run, ready to score images; of load_run. Safe to use from several threads."""
     out: Path               # the run's folder
-    settings: dict          # as in dia.pt
-    step: int
-    encoder: Encoder
-    known: dict             # axis, w, v of csi_fit; local; calibration {score: (n,)}; train, held: digests
-    device: torch.device
-    passes: int = 10
+    settings: dict          # of its training
+    measure: Callable       # images (n, C, H, W) uint8, scores, maps -> {score: (n,)}, (n, P) if maps
+    known: dict             # calibration {score: (n,)}; low, high: of heat maps; train, held: digests
     batch: int = 96
 
-    def parts(self, images, scores=SCORES, name=None):
-        """{score: (n,) tensor} of images (n, C, H, W) uint8. name: of a progress bar."""
-        found = {}
-        if not len(images):
-            return dict.fromkeys(scores, torch.empty(0))
-        if len({"csi", "cos"} & set(scores)):
-            shift = self.settings["shift"]
-            z, logits = embed(self.encoder, images, shift, self.passes, self.device, self.batch, name)
-            found = csi_parts(self.known, z, logits)
-        if "local" in scores:
-            found["local"] = local_score(self.known["local"], self.encoder, images, self.device, self.batch)
-        return {score: found[score] for score in scores}
+    @property
+    def scores(self):
+        """Names of the scores that it has; the first one ranks."""
+        return tuple(self.known["calibration"])
 
-    def p_values(self, scores, score="csi"):
-        """Conformal p-values (n,) of scores (n,), numpy: see the function below."""
-        return p_values(self.known["calibration"][score].numpy(), scores)
+    def parts(self, images, scores=None, maps=False, name=None):
+        """{score: (n,)} and, with maps, their patches' scores (n, P), of images (n, C, H, W) uint8.
 
-    def score(self, images, score="csi"):
-        """Scores (n,) and p-values (n,), numpy, of images (n, C, H, W) uint8 as load_images gives them.
-
-        Higher scores and lower p-values are more anomalous. score: one of SCORES. Raises ValueError where the
-        images have another type or size than the run's.
+        name: of a progress bar.
         """
-        size = self.settings["image_size"]
-        if images.dtype != torch.uint8 or images.shape[2:] != (size, size) or images.shape[1] not in (1, 3):
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; this run needs uint8 "
-                             f"(n, 1 or 3, {size}, {size})")
-        scores = self.parts(images, (score,))[score].numpy()
+        scores, found = scores or self.scores, []
+        bar = tqdm(images.split(self.batch), name, unit="batch", leave=False, disable=None if name else True)
+        for part in bar if len(images) else ():
+            found.append(self.measure(part, scores, maps))
+        if not found:
+            return dict.fromkeys(scores, torch.empty(0)), torch.empty(0, 1)
+        return ({score: torch.cat([values[score] for values, _ in found]) for score in scores},
+                torch.cat([grid for _, grid in found]) if maps else None)
+
+    def p_values(self, scores, score=None):
+        """Conformal p-values (n,) of scores (n,), numpy: see extras.decisions."""
+        return p_values(self.known["calibration"][score or self.scores[0]].numpy(), scores)
+
+    def images(self, source):
+        """Images (n, C, size, size) uint8, of whatever `score` takes."""
+        size, window = self.settings["image_size"], self.settings.get("window")
+        if isinstance(source, torch.Tensor):
+            shape = tuple(source.shape)
+            if source.dtype != torch.uint8 or shape[2:] != (size, size) or shape[1] not in (1, 3):
+                raise ValueError(f"images are {source.dtype} {shape}; this run needs uint8 "
+                                 f"(n, 1 or 3, {size}, {size})")
+            return source
+        if isinstance(source, np.ndarray | Image.Image):
+            source = [source]
+        if isinstance(source, str | os.PathLike) or isinstance(source[0], str | os.PathLike):
+            return load_images(source, size, window)[0]
+        for image in source:
+            if isinstance(image, np.ndarray) and (
+                    image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,))):
+                raise ValueError(f"an array is {image.dtype} {image.shape}; needs uint8 (H, W) or (H, W, 3)")
+        return torch.from_numpy(read_images([Item("", 0, "", image) for image in source], size, window)[0])
+
+    def score(self, source, score=None):
+        """Scores (n,) and p-values (n,), numpy. Higher scores and lower p-values are more anomalous.
+
+        source: a path (a folder, a file, a pattern), a PIL image, an array uint8 (H, W[, 3]) of any size, a
+        list of these, or a tensor (n, 1 or 3, size, size) uint8.  score: one of self.scores (default: the
+        first). Raises ValueError where arrays or tensors have another type or shape.
+        """
+        score = score or self.scores[0]
+        scores = self.parts(self.images(source), (score,))[0][score].numpy()
         return scores, self.p_values(scores, score)
+
+    def heat_map(self, source):
+        """Where an image is anomalous: (H, W) float32 of its own size, numpy, in units of patch scores.
+
+        source: a path of a file, a PIL image, or an array uint8 (H, W[, 3]).
+        """
+        _, maps = self.parts(self.images(source), self.scores[:1], maps=True)
+        return heat_map(maps[0], picture_of(source, self.settings.get("window")).shape[1:]).numpy()
+
+
+def picture_of(source, window):
+    """An image as `decode` reads it, at its own size: (C, H, W) uint8."""
+    source = source_of(Path(source), window) if isinstance(source, str | os.PathLike) else source
+    return decode(source, None, window)[0].copy()
 
 
 def load_run(out, device="auto", passes=10, batch=96, data=None):
-    """Read a run's dia.pt and predict.pt; where that is missing, it is made from the training data.
+    """A Run of the folder that train_dia.py or a method of weakly_supervised left.
 
-    data: the run's Data, if it is at hand.  Exits where a file is missing or not what it should be.
+    passes: of DIA and CSI.  data: the run's Data, if it is at hand: the first call for a run of train_dia.py
+    makes its predict.pt from them.  Exits where a file is missing or not what it should be.
     """
     out, device = Path(out), pick_device(device)
+    if (out / "dia.pt").exists() or not (out / "predict.pt").exists():
+        return dia_run(out, device, passes, batch, data)
+    known = load_checkpoint(out / "predict.pt", "predict", "cpu")
+    settings = known["settings"]
+    method = import_module(f"weakly_supervised.{settings['method']}")
+    score = method.restore(settings, known["state"], device)
+
+    def measure(images, scores, maps):
+        found, grid = score(images)
+        return {scores[0]: found}, grid
+    return Run(out, settings, measure, known, batch)
+
+
+def dia_run(out, device, passes, batch, data):
+    """The Run of a dia.pt; RUN/predict.pt is made where it is missing, or of another checkpoint or passes."""
     state = load_checkpoint(out / "dia.pt", "dia", device)
-    key, encoder = {"weights": weights_of(state), "passes": passes}, load_encoder(state, device)
+    settings, encoder = state["settings"], load_encoder(state, device)
+    key = {"weights": weights_of(state), "passes": passes, "maps": "local"}
     known = remembered(out / "predict.pt", "predict", key)
-    run = Run(out, state["settings"], state["step"], encoder, known, device, passes, batch)
+
+    def measure(images, scores, maps):
+        found, grid = {}, None
+        if len({"csi", "cos"} & set(scores)):
+            z, logits = embed(encoder, images, settings["shift"], passes, device, batch)
+            found = csi_parts(known, z, logits)
+        if "local" in scores or maps:
+            grid = local_maps(known["local"], encoder, images, device)
+            found["local"] = grid.amax(1)
+        return {score: found[score] for score in scores}, grid
+
     if known is None:
-        data = data or data_of(run.settings, out, ("train",))
+        data = data or data_of(settings, out, ("train",))
         stats = training_stats(out, state, encoder, data, passes, device, batch)
-        run.known = {**{k: stats[k] for k in ("axis", "w", "v")}, "train": data.digests["train"],
-                     "held": data.digests["held"], "local": local_fit(encoder, data.train, device, batch)}
-        run.known["calibration"] = run.parts(data.held[data.calibration])
-        save_checkpoint(out / "predict.pt", "predict", key, run.known)
-    return run
-
-
-# ---- Decisions -----------------------------------------------------------------------------------------
-
-
-def p_values(calibration, scores):
-    """Conformal p-values (n,): the share of normals at least as anomalous, the image itself counted as one.
-
-    (1 + #{calibration >= score}) / (len(calibration) + 1); Vovk et al. 2005, Bates et al. 2023
-    (arXiv:2104.08279), Eq. 2. If the image is normal and as the calibration images are (exchangeable),
-    P(p <= a) <= a for every a. nan without any calibration image.
-    """
-    if not len(calibration):
-        return np.full(len(scores), np.nan)
-    below = np.searchsorted(np.sort(calibration), scores, side="left")      # those strictly below
-    return (1 + len(calibration) - below) / (len(calibration) + 1)
-
-
-def expected_rate(fpr, n):
-    """Mean false-positive rate of deciding by p <= fpr with n calibration images."""
-    return math.floor(fpr * (n + 1) + 1e-9) / (n + 1)                       # 0.29 * 100 is 29, not 28.99
-
-
-def decisions(p, labels, fpr, n):
-    """What deciding by p <= fpr does on labelled images: rates with exact (Clopper-Pearson) 95% intervals.
-
-    p, labels: (Q,) arrays; n: the number of calibration images; None without any.
-    """
-    if not n:
-        return None
-    result = {"fpr": fpr, "calibration_normals": n, "expected_false_positive_rate": expected_rate(fpr, n)}
-    for name, label in (("false_positive_rate", 0), ("sensitivity", 1)):
-        found, total = int((p[labels == label] <= fpr).sum()), int((labels == label).sum())
-        interval = binomtest(found, total).proportion_ci(method="exact")
-        result |= {name: found / total, f"{name}_interval_95": [float(v) for v in interval]}
-    return result
-
-
-def impossible(n, fpr):
-    """Why n calibration images can never give a p-value of at most fpr, or None."""
-    if n == 0:
-        return "no decisions: no normals were held out for calibration in training (--holdout)"
-    if expected_rate(fpr, n) == 0:
-        return (f"no decisions: with {n} calibration normals no p-value is below {1 / (n + 1):.3f}; --fpr "
-                f"{fpr:g} needs {math.ceil(1 / fpr - 1e-9) - 1}: train with more --holdout, or raise --fpr")
-    return None
-
-
-def columns_of(p, fpr, n):
-    """The columns p_value and anomaly (0 or 1) of p-values (Q,); empty where nothing can be decided."""
-    undecided = impossible(n, fpr)
-    return [["" if math.isnan(v) else f"{v:.6g}" for v in p], ["" if undecided else int(v <= fpr) for v in p]]
+        known = {**{k: stats[k] for k in ("axis", "w", "v")}, "train": data.digests["train"],
+                 "held": data.digests["held"], "local": local_fit(encoder, data.train, device, batch),
+                 "calibration": dict.fromkeys(SCORES)}
+        held = Run(out, settings, measure, known, batch).parts(data.held[data.calibration], maps=True)
+        known |= {"calibration": held[0], **colours(held[1])}
+        save_checkpoint(out / "predict.pt", "predict", key, known)
+    return Run(out, settings, measure, known, batch)
 
 
 # ---- The two things that the command does ----------------------------------------------------------------
@@ -275,35 +282,60 @@ def examples(path, images, order):
     save_grid(path, rows, [], max(1, 128 // images.shape[-1]), list(picked))
 
 
-def score_folder(run, images, paths, digests, score, fpr, to):
-    """Score the images of load_images; write scores.csv and examples.png to a folder."""
-    scores = run.parts(images, (score,), "images")[score]
-    p, n = run.p_values(scores.numpy(), score), len(run.known["calibration"][score])
+def new_folder(path):
+    """The path, or with -2, -3, ... at its end where it is taken."""
+    taken = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return path if not path.exists() else next(p for p in taken if not p.exists())
+
+
+def write_map(to, name, grid, picture, low, high):
+    """TO/maps/<name>.png, the picture (C, H, W) uint8 reddened, and <name>.npy, its patches' scores."""
+    path, side = to / "maps" / name, math.isqrt(len(grid))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = to_channels(torch.from_numpy(picture), 3) / 255
+    heat = overlay(image, heat_map(grid, image.shape[1:]), low, high)
+    Image.fromarray((heat * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(f"{path}.png")
+    np.save(f"{path}.npy", grid.view(side, side).numpy())
+
+
+def score_images(run, images, names, digests, files, score, fpr, maps, to):
+    """Score the images of load_images; write scores.csv, examples.png and with maps TO/maps to a folder."""
+    found, grids = run.parts(images, (score,), maps, "images")
+    scores, calibration = found[score], run.known["calibration"][score].numpy()
+    p, n = run.p_values(scores.numpy(), score), len(calibration)
     order = scores.argsort(descending=True, stable=True)
     known = {**dict.fromkeys(run.known["held"].tolist(), "held out"),
              **dict.fromkeys(run.known["train"].tolist(), "training")}
     seen = [known.get(digest, "") for digest in digests.tolist()]
-    rows = list(zip(paths, scores.tolist(), *columns_of(p, fpr, n), seen, strict=True))
+    rows = list(zip(names, scores.tolist(), *columns_of(p, fpr, n), seen, strict=True))
     to.mkdir(parents=True, exist_ok=True)
     with whole(to / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([("path", "score", "p_value", "anomaly", "seen"),
                                     *(rows[i] for i in order.tolist())])
     examples(to / "examples.png", images, order)
+    if maps:
+        window, colour = run.settings.get("window"), (run.known["low"], run.known["high"])
+        for i, file in enumerate(tqdm(files, "heat maps", unit="image", leave=False, disable=None)):
+            write_map(to, names[i], grids[i], picture_of(file, window), *colour)
     if trained := seen.count("training"):
         print(f"note: {trained} of these images were trained on (column `seen`): their scores are too low")
-    found = f"{int((p <= fpr).sum())} anomalies at --fpr {fpr:g}, by {n} calibration normals"
-    print(f"{len(paths)} images: {impossible(n, fpr) or found}; wrote scores.csv and examples.png to {to}")
+    decided = impossible(n, fpr) or (
+        f"{int((p <= fpr).sum())} anomalies at --fpr {fpr:g}, by {n} calibration normals (scores above "
+        f"{threshold(calibration, fpr):.6g})")
+    wrote = ", ".join(["scores.csv", "examples.png", *["maps/"] * maps])
+    print(f"{len(names)} images: {decided}; wrote {wrote} to {to}")
 
 
 def score_test(run, data, fpr):
     """AUROC and decisions of each score on the run's labelled test set; write decisions.json."""
-    labels, n, result = data.labels.numpy(), len(run.known["calibration"]["csi"]), {}
+    labels, n, result = data.labels.numpy(), len(run.known["calibration"][run.scores[0]]), {}
     print(f"{run.out}: {len(labels)} test images ({labels.sum()} anomalies); "
           + (impossible(n, fpr) or f"deciding at --fpr {fpr:g}, by {n} calibration normals"))
-    for score, values in run.parts(data.test, name="test images").items():
+    for score, values in run.parts(data.test, name="test images")[0].items():
         auroc, interval = auroc_interval(labels, values.numpy())
         d = decisions(run.p_values(values.numpy(), score), labels, fpr, n)
-        result[score] = {"auroc": auroc, "auroc_interval_95": interval, "decision": d}
+        limit = threshold(run.known["calibration"][score].numpy(), fpr)
+        result[score] = {"auroc": auroc, "auroc_interval_95": interval, "decision": d, "threshold": limit}
         rates = [] if impossible(n, fpr) else [
             f"{name.replace('_', ' ')} {d[name]:.3f} ({{:.3f}} to {{:.3f}})".format(*d[f"{name}_interval_95"])
             for name in ("false_positive_rate", "sensitivity")]
@@ -316,10 +348,15 @@ def score_test(run, data, fpr):
 def main():
     args = arguments()
     out, device, data = Path(args.run), pick_device(args.device), None
-    settings = load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"]
+    of_dia = (out / "dia.pt").exists() or not (out / "predict.pt").exists()
+    settings = load_checkpoint(out / ("dia.pt" if of_dia else "predict.pt"), "dia" if of_dia else "predict",
+                               "cpu")["settings"]
+    if args.test and not of_dia:
+        raise SystemExit(f"--test: what {settings['method']} decides on its test set is in "
+                         f"{out}/metrics.json already.")
     if args.images:
         found = load_images(args.images, settings["image_size"], settings.get("window"))    # mistakes first
-    if args.test or args.data:
+    if of_dia and (args.test or args.data):
         data = data_of(settings, out, ("train", "test")[:1 + args.test], args.data, args.normal_class)
     if args.test and len(set(data.labels.tolist())) != 2:
         raise SystemExit(f"--test: {data.name} has no test set with both normal and anomalous images.")
@@ -327,8 +364,9 @@ def main():
     if args.test:
         score_test(loaded, data, args.fpr)
     else:
-        to = args.to or out / "images" / Path(args.images).expanduser().resolve().name
-        score_folder(loaded, *found, args.score, args.fpr, Path(to))
+        name = Path(args.images[0]).expanduser().resolve().name if len(args.images) == 1 else "images"
+        to = Path(args.to) if args.to else new_folder(out / "images" / re.sub(r"[*?\[\]]", "", name))
+        score_images(loaded, *found, args.score if of_dia else loaded.scores[0], args.fpr, args.maps, to)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from sklearn.metrics import roc_curve
 
 from dia_lib import load_checkpoint, make_parser, run, whole
 from evaluate import remembered, weights_of
-from extras.predict import p_values
+from extras.decisions import p_values
 
 PROCESSOR = "AMD EPYC"                  # that minutes are of, where no other is named
 

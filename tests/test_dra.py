@@ -301,7 +301,7 @@ def test_scores_are_the_same_at_every_evaluation(tiny, tmp_path, monkeypatch):
     """References are clean training normals and fixed: an image's score is the same whatever is beside it."""
     kept = {}
 
-    def keep(setting, score, out, shots):
+    def keep(setting, score, state, out, shots):
         kept.update(score=score, data=setting.data, net=setting)
         return {"auroc": 0.5}
     monkeypatch.setattr(dra, "finish", keep)

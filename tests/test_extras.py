@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import math
 import os
 import shutil
@@ -22,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 import dia_lib
 import train_dia
 from dia_lib import load_data
-from extras import choose, predict, report
+from extras import choose, decisions, local, predict, report
 
 CPU = torch.device("cpu")
 
@@ -36,42 +37,42 @@ def table(path):
 
 
 def test_p_values_count_the_calibration_images_that_are_at_least_as_anomalous():
-    p = predict.p_values(np.array([3.0, 1.0, 2.0, 2.0]), np.array([0.0, 1.0, 1.5, 2.0, 3.0, 9.0]))
+    p = decisions.p_values(np.array([3.0, 1.0, 2.0, 2.0]), np.array([0.0, 1.0, 1.5, 2.0, 3.0, 9.0]))
     assert np.allclose(p, np.array([5, 5, 4, 4, 2, 1]) / 5)
-    assert np.isnan(predict.p_values(np.empty(0), np.ones(2))).all()
+    assert np.isnan(decisions.p_values(np.empty(0), np.ones(2))).all()
 
 
 def test_p_values_of_normals_are_uniform_and_decisions_keep_their_rate():
     """n = 59 calibration images and one new normal, drawn alike 20,000 times: p is uniform on 1/60 ... 1."""
     rng = np.random.default_rng(0)
-    p = np.array([predict.p_values(s[1:], s[:1])[0] for s in rng.normal(size=(20_000, 60))])
+    p = np.array([decisions.p_values(s[1:], s[:1])[0] for s in rng.normal(size=(20_000, 60))])
     counts = np.bincount((p * 60).round().astype(int), minlength=61)[1:]
     assert counts.sum() == 20_000
     assert kstest(p - rng.uniform(size=len(p)) / 60, "uniform").pvalue > 0.01
     for fpr in (0.01, 0.05, 0.2):
         noise = 4 * math.sqrt(0.2 * 0.8 / 20_000)
         rate = (p <= fpr).mean()
-        assert abs(rate - predict.expected_rate(fpr, 59)) < noise and rate <= fpr + noise
+        assert abs(rate - decisions.expected_rate(fpr, 59)) < noise and rate <= fpr + noise
 
 
 def test_too_few_calibration_images_are_said_and_decide_nothing():
-    assert predict.impossible(19, 0.05) is None and predict.impossible(99, 0.01) is None
-    assert "needs 19" in predict.impossible(18, 0.05) and "held out" in predict.impossible(0, 0.05)
-    assert predict.columns_of(np.array([0.05, 0.5]), 0.05, 19) == [["0.05", "0.5"], [1, 0]]
-    assert predict.columns_of(np.array([0.1, 0.5]), 0.05, 9) == [["0.1", "0.5"], ["", ""]]
-    assert predict.columns_of(np.array([np.nan]), 0.05, 0) == [[""], [""]]
+    assert decisions.impossible(19, 0.05) is None and decisions.impossible(99, 0.01) is None
+    assert "needs 19" in decisions.impossible(18, 0.05) and "held out" in decisions.impossible(0, 0.05)
+    assert decisions.columns_of(np.array([0.05, 0.5]), 0.05, 19) == [["0.05", "0.5"], [1, 0]]
+    assert decisions.columns_of(np.array([0.1, 0.5]), 0.05, 9) == [["0.1", "0.5"], ["", ""]]
+    assert decisions.columns_of(np.array([np.nan]), 0.05, 0) == [[""], [""]]
 
 
 def test_decisions_have_exact_intervals():
     p, labels = np.array([0.01, 0.5, 0.6, 0.05, 0.02, 0.9]), np.array([0, 0, 0, 1, 1, 1])
-    found = predict.decisions(p, labels, 0.05, 59)
+    found = decisions.decisions(p, labels, 0.05, 59)
     assert found["expected_false_positive_rate"] == 3 / 60
-    assert predict.expected_rate(0.29, 99) == 0.29                              # 0.29 * 100 is 29, not 28.99
+    assert decisions.expected_rate(0.29, 99) == 0.29                            # 0.29 * 100 is 29, not 28.99
     assert found["false_positive_rate"] == 1 / 3 and found["sensitivity"] == 2 / 3
     exact = [beta.ppf(0.025, 1, 3), beta.ppf(0.975, 2, 2)]
     assert found["false_positive_rate_interval_95"] == pytest.approx(exact)
-    assert predict.decisions(p, labels, 0.01, 59)["expected_false_positive_rate"] == 0
-    assert predict.decisions(p, labels, 0.1, 0) is None
+    assert decisions.decisions(p, labels, 0.01, 59)["expected_false_positive_rate"] == 0
+    assert decisions.decisions(p, labels, 0.1, 0) is None
 
 
 # ---- Images of one's own ---------------------------------------------------------------------------------
@@ -100,7 +101,6 @@ def scored(chain, scans, folder, tmp_path_factory):
     out = shutil.copytree(chain, tmp_path_factory.mktemp("scored") / "run")
     words = [out, scans, "--passes", 2, "--fpr", 0.4]
     assert call(predict, *words) is None
-    (out / "images/scans/scores.csv").unlink()
     (out / "stats.pt").unlink()
     away = folder.rename(folder.with_name("away"))
     try:
@@ -113,12 +113,16 @@ def scored(chain, scans, folder, tmp_path_factory):
 
 def test_own_images_are_scored_without_labels_and_without_the_training_data(scored):
     out, printed = scored
-    rows, to = table(out / "images/scans/scores.csv"), out / "images/scans"
+    to = out / "images/scans-2"                                             # of the second call
+    rows = table(to / "scores.csv")
+    assert rows == table(out / "images/scans/scores.csv")
     n = len(dia_lib.load_checkpoint(out / "predict.pt", "predict", "cpu")["calibration"]["csi"])
     assert "note: 1 other files" in printed and "note: 1 of these images were trained on" in printed
     anomalies = sum(r["anomaly"] == "1" for r in rows)
-    assert printed.splitlines()[-1] == (f"5 images: {anomalies} anomalies at --fpr 0.4, by {n} calibration "
-                                        f"normals; wrote scores.csv and examples.png to {to}")
+    words = re.fullmatch(f"5 images: {anomalies} anomalies at --fpr 0.4, by {n} calibration normals "
+                         rf"\(scores above (.*)\); wrote scores.csv, examples.png to {to}",
+                         printed.splitlines()[-1])
+    assert [float(r["score"]) > float(words[1]) for r in rows] == [r["anomaly"] == "1" for r in rows]
     assert list(rows[0]) == ["path", "score", "p_value", "anomaly", "seen"]
     assert {r["path"] for r in rows} == {"a.jpg", "ward/c.bmp", "ward/b/line.png", "known.png", "held.png"}
     assert [float(r["score"]) for r in rows] == sorted((float(r["score"]) for r in rows), reverse=True)
@@ -141,20 +145,19 @@ def test_command_and_python_give_the_same_by_every_score(score, scored, scans, t
     assert call(predict, out, "--passes", 2, "--score", score, scans, "--to", tmp_path) is None
     rows = {r["path"]: r for r in table(tmp_path / "scores.csv")}
     run = predict.load_run(out, passes=2)
-    images, paths, _ = predict.load_images(scans, 40)
+    images, paths, *_ = predict.load_images(scans, 40)
     scores, p = run.score(images, score)
     assert np.allclose(scores, [float(rows[path]["score"]) for path in paths], atol=1e-4)
     assert np.allclose(p, [float(rows[path]["p_value"]) for path in paths], atol=1e-5)
-    assert np.allclose(p, predict.p_values(run.known["calibration"][score].numpy(), scores))
+    assert np.allclose(p, decisions.p_values(run.known["calibration"][score].numpy(), scores))
     others = [run.score(images, other)[0] for other in predict.SCORES if other != score]
     assert not any(np.allclose(scores, other, atol=1e-3) for other in others)
-    assert not run.encoder.training
 
 
 def test_scores_are_those_of_evaluate_for_the_same_images(scored, folder):
     """csi and cos of the test images, read as images of one's own, are the columns of scores.csv."""
     run = predict.load_run(scored[0], passes=2)
-    images, paths, _ = predict.load_images(folder / "test", 40)
+    images, paths, *_ = predict.load_images(folder / "test", 40)
     rows = {r["path"]: r for r in table(scored[0] / "scores.csv")}
     for score, column in (("csi", "score"), ("cos", "cos")):
         expected = [float(rows[f"test/{path}"][column]) for path in paths]
@@ -176,7 +179,7 @@ def test_predict_pt_is_made_again_for_another_checkpoint_other_passes_or_a_broke
         run = predict.load_run(own_chain, "cpu", passes)
         return run, run.score(images)[0]
 
-    images, _, _ = predict.load_images(folder / "test", 40)
+    images, *_ = predict.load_images(folder / "test", 40)
     _, first = scores()
     path = own_chain / "predict.pt"
     before = path.stat().st_mtime_ns
@@ -218,6 +221,7 @@ def test_nothing_is_written_outside_the_target_folder(own_chain, scans, folder, 
         after = files_below(*seen)
         changed = {p for p in after if after[p] != before.get(p)}
         assert changed == {to / "scores.csv", to / "examples.png"} | extra and before.keys() <= after.keys()
+        (to / "scores.csv").unlink()
 
 
 def test_test_set_gives_auroc_and_decisions_of_every_score(scored, folder, capsys):
@@ -233,7 +237,7 @@ def test_test_set_gives_auroc_and_decisions_of_every_score(scored, folder, capsy
         scores, p = run.score(data.test, score)
         assert found["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=0.02)
         n = len(run.known["calibration"][score])
-        assert found["decision"] == predict.decisions(p, labels, 0.4, n)
+        assert found["decision"] == decisions.decisions(p, labels, 0.4, n)
         assert f"{score:5s} AUROC {found['auroc']:.4f}  false positive rate" in printed
     assert call(predict, out, "--test", "--passes", 2) is None                          # --fpr 0.05
     printed = capsys.readouterr().out
@@ -261,9 +265,9 @@ def test_without_held_out_normals_there_are_scores_but_no_p_values(none_held, sc
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["nowhere"], "nowhere: no such folder"), (["empty"], "no image below it"),
+    (["nowhere"], "nowhere: no such file or folder"), (["empty"], "no image below it"),
     (["bad"], "torn.png cannot be read"),
-    ([], "either a folder of images or --test"), (["empty", "--test"], "either a folder of images or --test"),
+    ([], "give either images"), (["empty", "--test"], "give either images"),
     (["empty", "--fpr", "1"], "above 0, up to 0.99"), (["empty", "--passes", "0"], "an integer from 1 on"),
     (["--test", "--data", "normals"], "normals has no test set with both")])
 def test_what_is_asked_wrongly_is_said(words, sentence, chain, folder, tmp_path, monkeypatch):
@@ -295,13 +299,13 @@ def test_missing_runs_and_training_data_are_said(own_chain, scans, folder, tmp_p
 def test_local_score_is_the_farthest_position_from_its_nearest(monkeypatch):
     g = torch.Generator().manual_seed(0)
     normal, images = (F.normalize(torch.randn(n, 9, 5, generator=g), dim=2) for n in (7, 6))
-    monkeypatch.setattr(predict, "local_features", lambda encoder, images, device: images)
-    known = predict.local_fit(None, normal, CPU, batch=3)
+    monkeypatch.setattr(local, "local_features", lambda encoder, images, device: images)
+    known = local.local_fit(None, normal, CPU, batch=3)
     slow = [max(min(1 - (p @ q).item() for q in normal.flatten(0, 1)) for p in image) for image in images]
     assert known.shape == (63, 5)
-    assert np.allclose(predict.local_score(known, None, images, CPU, batch=4), slow, atol=1e-6)
-    assert predict.local_score(known, None, normal, CPU).abs().max() < 1e-5
-    few = [predict.local_fit(None, normal, CPU, batch, most=10) for batch in (2, 7)]
+    assert np.allclose(local.local_score(known, None, images, CPU, batch=4), slow, atol=1e-6)
+    assert local.local_score(known, None, normal, CPU).abs().max() < 1e-5
+    few = [local.local_fit(None, normal, CPU, batch, most=10) for batch in (2, 7)]
     assert few[0].shape == (10, 5) and torch.equal(*few)                                # whatever the batch
 
 
@@ -310,7 +314,7 @@ def test_local_features_are_the_third_stage_of_the_plain_images(stem, P):
     """What layer3 gives when the encoder's own forward is called, grey image or the same in RGB."""
     torch.manual_seed(0)
     encoder, images = dia_lib.Encoder(1, 4, stem).train(), torch.randint(0, 256, (3, 1, 32, 32)).byte()
-    found = predict.local_features(encoder, images, CPU)
+    found = local.local_features(encoder, images, CPU)
     assert found.shape == (3, P, 256) and torch.allclose(found.norm(dim=2), torch.ones(3, P), atol=1e-5)
     assert encoder.training and not found.requires_grad
     kept = []
@@ -318,7 +322,7 @@ def test_local_features_are_the_third_stage_of_the_plain_images(stem, P):
     encoder(images.float() / 255)
     expected = F.normalize(kept[0].flatten(2).transpose(1, 2), dim=2)
     assert torch.allclose(found, expected, atol=0.05)                                   # bfloat16
-    in_colour = predict.local_features(encoder, images.expand(-1, 3, -1, -1), CPU)
+    in_colour = local.local_features(encoder, images.expand(-1, 3, -1, -1), CPU)
     assert torch.allclose(in_colour, found, atol=0.05)
 
 

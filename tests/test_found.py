@@ -240,11 +240,11 @@ def test_new_dicom_files(own_chain, folder, tmp_path):
     one, other = csv.DictReader((tmp_path / "to/scores.csv").open())
     assert {one["path"], other["path"]} == {"scan", "same.png"} and one["score"] == other["score"]
     write_dicom(new / "more.dcm", np.stack([x, x]), **header)
-    assert "more.dcm has 2 pages: which of them?" in call(predict, own_chain, new, "--to", tmp_path / "to")
+    assert "more.dcm has 2 pages: which of them?" in call(predict, own_chain, new, "--to", tmp_path / "2")
     write_dicom(new / "more.dcm", x)
-    assert "more.dcm names no window" in call(predict, own_chain, new, "--to", tmp_path / "to")
+    assert "more.dcm names no window" in call(predict, own_chain, new, "--to", tmp_path / "2")
     (new / "more.dcm").write_bytes(b"?")
-    assert "more.dcm cannot be read as DICOM" in call(predict, own_chain, new, "--to", tmp_path / "to")
+    assert "more.dcm cannot be read as DICOM" in call(predict, own_chain, new, "--to", tmp_path / "2")
 
 
 @pytest.mark.parametrize("file", ["extras/prepare.py", "extras/predict.py", "weakly_supervised/nearest.py"])

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 import dia_lib
 import evaluate
 import train_dia
-from extras import predict
+from extras import local, predict
 from extras.report import put
 from study import probe, results
 
@@ -412,10 +412,10 @@ def test_probe_of_a_run(chain, folder, tmp_path, monkeypatch, capsys):
     held, cpu = data.held[~data.calibration], torch.device("cpu")
     generator = dia_lib.step_generator("cpu", 0, "spots", 1)                # of the second diameter
     images = torch.cat([held, *(probe.spots(held, 1 / 2, 0.1, generator) for _ in range(2))])
-    local = predict.local_score(predict.local_fit(encoder, data.train, cpu), encoder, images, cpu)
+    by_local = local.local_score(local.local_fit(encoder, data.train, cpu), encoder, images, cpu)
     stats = dia_lib.csi_fit(*dia_lib.embed(encoder, data.train, "rotate", 2, cpu))
     parts = dia_lib.csi_parts(stats, *dia_lib.embed(encoder, images, "rotate", 2, cpu))
-    for score, values in (("local", local), ("csi", parts["csi"]), ("cos", parts["cos"])):
+    for score, values in (("local", by_local), ("csi", parts["csi"]), ("cos", parts["cos"])):
         auroc = roc_auc_score(torch.arange(len(images)) >= len(held), values)
         assert float(row[f"{score}_0.5_0.1"]) == pytest.approx(auroc, abs=6e-5)
     other = tmp_path / "other"

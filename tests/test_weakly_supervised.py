@@ -20,7 +20,7 @@ from torch import nn
 import dia_lib
 from dia_lib import load_checkpoint, load_encoder, to_float
 from extras import heat_maps
-from extras.predict import local_features
+from extras.local import local_features
 from weakly_supervised import backbones, common, nearest, results, wscxr
 
 
@@ -326,8 +326,8 @@ def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):
         assert len(metrics["shots"]) == k and len(rows) == 30 - k
         assert not set(metrics["shots"]) & {r["path"] for r in rows}
         assert metrics["anomalies"] == 18 - k and metrics["settings"]["method"] == "wscxr"
-    state = torch.load(tmp_path / "a/shots-6/wscxr.pt", weights_only=True)
-    assert state["settings"]["shots"] == 6 and state["discriminator"]["weight"].shape == (1, 128 + 256)
+    state = torch.load(tmp_path / "a/shots-6/predict.pt", weights_only=True)["state"]
+    assert state["discriminator"]["weight"].shape == (1, 128 + 256)
     log = [json.loads(line) for line in (tmp_path / "a/shots-6/log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if r["stage"] == "wscxr"] == [10, 20, 30]
     assert log[2]["loss"] < log[0]["loss"]
@@ -338,7 +338,7 @@ def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):
                         ("mlp", ["--discriminator", "mlp"]),
                         ("dent", ["--anomaly-class", "dent", "--shots", 3])):
         assert call(wscxr, *args, "--shots", 6, *extra, "--out", tmp_path / name) is None
-        saved = torch.load(tmp_path / name / "wscxr.pt", weights_only=True)["discriminator"]
+        saved = torch.load(tmp_path / name / "predict.pt", weights_only=True)["state"]["discriminator"]
         weight[name] = list(saved.values())[0]
     assert torch.equal(weight["same"], state["discriminator"]["weight"]) and weight["mlp"].shape == (384, 384)
     assert not torch.equal(weight["same"], weight["unmined"])
@@ -434,7 +434,7 @@ def test_an_image_has_the_mean_of_its_highest_patches(top, k, tiny, tmp_path, mo
     """A share of them, at least one; the map is of all patches, as before."""
     kept = {}
 
-    def keep(setting, score, **more):
+    def keep(setting, score, state, **more):
         kept.update(score=score, data=setting.data)
         return {"auroc": 0.5}
     monkeypatch.setattr(nearest, "finish", keep)

@@ -174,12 +174,23 @@ def new_array(path, shape):
 
 
 @torch.no_grad()
-def features(backbone, images, layers, size, device, batch=32, name=None):
+def features(backbone, images, layers, size, device, batch=32, name=None, keep=True):
     """Maps of the images, brought to size x size pixels: a float16 array (n, C, h, w) for each of layers.
 
     images: (n, C', H, W) uint8.  Computed once: the arrays are memory-mapped files in the cache, known by the
-    network's weights and the images' pixels.  name: for a progress bar.
+    network's weights and the images' pixels; with keep=False they are made in memory.  name: for a progress
+    bar.
     """
+    def maps(layers):
+        starts = range(0, len(images), batch)
+        for i in tqdm(starts, name, unit="batch", leave=False, disable=None if name else True):
+            x = to_float(images[i:i + batch], backbone.channels, device)
+            if x.shape[-1] != size:
+                x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+            yield [found.half().cpu().numpy() for found in backbone(x, layers)]
+
+    if not keep:
+        return [np.concatenate(arrays) for arrays in zip(*maps(layers), strict=True)]
     pixels = zlib.crc32(np.ascontiguousarray(images.numpy()))
     key = ["features", 1, backbone.key, pixels, list(images.shape), size]
     paths = [cache_path([*key, layer]) for layer in layers]
@@ -189,13 +200,9 @@ def features(backbone, images, layers, size, device, batch=32, name=None):
             blank = torch.zeros(1, backbone.channels, size, size, device=device)
             arrays = [new_array(f"{scratch}/{layer}.npy", (len(images), *found.shape[1:]))
                       for layer, found in zip(missing, backbone(blank, missing), strict=True)]
-            starts = range(0, len(images), batch)
-            for i in tqdm(starts, name, unit="batch", leave=False, disable=None if name else True):
-                x = to_float(images[i:i + batch], backbone.channels, device)
-                if x.shape[-1] != size:
-                    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-                for array, found in zip(arrays, backbone(x, missing), strict=True):
-                    array[i:i + batch] = found.cpu().numpy()
+            for i, found in enumerate(maps(missing)):
+                for array, part in zip(arrays, found, strict=True):
+                    array[i * batch:(i + 1) * batch] = part
             for array, path in zip(arrays, missing.values(), strict=True):
                 array.flush()
                 os.replace(array.filename, path)

@@ -259,6 +259,14 @@ def train(setting, model, normals, anomalies, out):
     return model.eval()
 
 
+def restore(settings, state, device):
+    """The score of a run, from what it left: for extras.predict."""
+    setting = Setting.of_run(settings, device)
+    model = CKAAD(state["channels"], settings["strategy"], state["signed"])
+    model.load_state_dict(state["model"])
+    return scorer(setting, model.to(device).eval())
+
+
 def main():
     parser = shots_flags(flags(__doc__.splitlines()[0], layers=[2, 3], size=160))
     parser.add_argument("--strategy", choices=STRATEGIES, default="patch", help="what the labelled anomalies "
@@ -297,6 +305,7 @@ def main():
     maps = setting.begin()
     some = [array[::-(-len(array) // 64)].astype(np.float32) for array in maps]           # of up to 64 images
     signed, sizes = any((m < 0).any() for m in some), [float(np.square(m).mean() ** 0.5) for m in some]
+    channels = [array.shape[1] for array in maps]
     for out, shots in runs:
         metrics = results_of(setting, out, len(shots.images))
         if metrics:
@@ -307,9 +316,10 @@ def main():
             images = shots.images if len(shots.images) else distorted(data.train, args.seed)
             anomalies = setting.features(images, "anomalies")
         torch.manual_seed(args.seed)                                        # the first weights
-        model = CKAAD([array.shape[1] for array in maps], args.strategy, signed, sizes).to(setting.device)
+        model = CKAAD(channels, args.strategy, signed, sizes).to(setting.device)
         model = train(setting, model, maps, anomalies, out)
-        metrics = finish(setting, scorer(setting, model), out, shots)
+        state = {"model": model.state_dict(), "channels": channels, "signed": signed}
+        metrics = finish(setting, scorer(setting, model), state, out, shots)
     print(f"auroc {metrics['auroc']:.4f}")
 
 

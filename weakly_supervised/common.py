@@ -14,13 +14,13 @@ import torch
 from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
 from dia_lib import (
-    Log, data_name, found, load_data, make_parser, number, pick_device, precision, read_images, save_grid,
-    send, shared_flags, step_generator, to_float, whole,
+    Log, data_name, found, load_data, make_parser, number, pick_device, precision, read_images,
+    save_checkpoint, save_grid, send, shared_flags, step_generator, to_float, whole,
 )
 from evaluate import measure, tell
 from extras.choose import KINDS, synthetic_defects
-from extras.heat_maps import heat_map, mask_of, overlay, pixel_metrics
-from extras.predict import columns_of, decisions, impossible, p_values
+from extras.heat_maps import colours, heat_map, mask_of, overlay, pixel_metrics
+from extras.decisions import columns_of, decisions, impossible, p_values
 from extras.report import processor
 from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
 
@@ -84,8 +84,7 @@ class Setting:
         self.out = Path(args.out or f"runs/{data_name(args.data)}-{method}{seed}")
         if "resume" not in args:
             refuse_results(self.out)
-        self.device = pick_device(args.device)
-        self.backbone = load_backbone(args.backbone, args.weights, self.device)
+        self.network(pick_device(args.device), keep=True)
         self.size = args.image_size = args.image_size or self.backbone.size or size
         self.data = load_data(args.data, self.size, ("train", "labelled", "test"), args.holdout,
                               args.normal_class)
@@ -96,6 +95,20 @@ class Setting:
         if len(set(self.labels)) != 2:
             raise SystemExit(f"{self.data.name}: the test images are all of one kind; an AUROC needs both "
                              "normal and anomalous.")
+
+    def network(self, device, keep):
+        self.device, self.keep = device, keep
+        self.backbone = load_backbone(self.args.backbone, self.args.weights, device)
+
+    @classmethod
+    def of_run(cls, settings, device):
+        """What scoring new images needs: the flags and the backbone of a run. No data, no cache."""
+        setting = cls.__new__(cls)
+        setting.args, setting.size = argparse.Namespace(**settings), settings["image_size"]
+        setting.network(device, keep=False)
+        if setting.backbone.key != settings["backbone_key"]:
+            raise SystemExit(f"--backbone {settings['backbone']} has other weights now than in training.")
+        return setting
 
     def say(self, *words):
         """Print what was found, and what is about to be done."""
@@ -108,7 +121,8 @@ class Setting:
 
     def features(self, images, name=None):
         """Feature maps of images (n, ...) uint8 at the layers asked for; see backbones.features."""
-        return features(self.backbone, images, self.args.layers, self.size, self.device, name=name)
+        return features(self.backbone, images, self.args.layers, self.size, self.device, name=name,
+                        keep=self.keep)
 
     def begin(self):
         """Feature maps of all images, of which it returns the training ones'; starts the clock "seconds"."""
@@ -226,12 +240,13 @@ def youden(labels, scores):
     return f1_accuracy(labels, scores >= thresholds[(true - false).argmax()])
 
 
-def finish(setting, score, out=None, shots=None, **more):
+def finish(setting, score, state, out=None, shots=None, **more):
     """Score held-out and test images, write and print the results; return metrics.
 
     score: images (n, C, H, W) uint8 -> their scores (n,) and, for pictures, those of their patches (n, P), on
-    the CPU.  out: another folder than the setting's.  shots: the Shots that were trained on; those of the
-    test set are left out.  more: further entries of metrics.json.
+    the CPU.  state: what the method's `restore` makes `score` of again; it goes into OUT/predict.pt, for
+    extras.predict.  out: another folder than the setting's.  shots: the Shots that were trained on; those of
+    the test set are left out.  more: further entries of metrics.json.
     """
     data, args, out = setting.data, setting.args, out or setting.out
     held, held_maps = score(data.held)
@@ -270,14 +285,19 @@ def finish(setting, score, out=None, shots=None, **more):
         columns = [data.paths[i] for i in test], groups[test], truth, mine, *columns_of(p, args.fpr, n)
         csv.writer(file).writerows([("path", "group", "label", "score", "p_value", "anomaly"),
                                     *zip(*columns, strict=True)])
-    pictures(setting, out, scores, maps, test, held_maps if len(held) else maps)
+    colour = colours(held_maps)
+    pictures(setting, out, scores, maps, test, **(colour if len(held) else colours(maps[test[truth == 0]])))
+    settings = metrics["settings"] | {"window": data.defaults["window"], "backbone_key": setting.backbone.key}
+    known = {"calibration": {setting.method: held[data.calibration]}, **colour, "state": state,
+             "train": data.digests["train"], "held": data.digests["held"]}
+    save_checkpoint(out / "predict.pt", "predict", settings, known)
     with whole(out / "metrics.json") as temporary:                          # last: it says that all is there
         temporary.write_text(json.dumps(metrics, indent=1))
     values = {k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")}
     Log(out, "evaluate", math.inf)(0, show=False, **values)
     say(metrics)
-    print(f"  wrote scores.csv, metrics.json, examples.png{', maps/' if args.maps else ''} to {out} "
-          f"after {metrics['seconds']:.0f} s", flush=True)
+    print(f"  wrote scores.csv, metrics.json, predict.pt, examples.png{', maps/' if args.maps else ''} "
+          f"to {out} after {metrics['seconds']:.0f} s", flush=True)
     return metrics
 
 
@@ -304,10 +324,8 @@ def say(metrics):
         print(f"  synthetic defects on held-out normals: AUROC {metrics['val_auroc']:.3f}")
 
 
-def pictures(setting, out, scores, maps, test, normal):
-    """examples.png, and with --maps OUT/maps/: heat maps over images. Red begins at normals' median patch."""
-    low, high = normal.median(), torch.quantile(maps[test].amax(1), 0.99)
-
+def pictures(setting, out, scores, maps, test, low, high):
+    """examples.png, and with --maps OUT/maps/: heat maps over images. low, high: of `colours`."""
     def pair(i):
         image = to_float(setting.data.test[i:i + 1], 3, "cpu")[0]                               # (3, H, W)
         return image, overlay(image, heat_map(maps[i], image.shape[-1]), low, high)

@@ -263,6 +263,22 @@ def scorer(setting, model, references, batch=32):
     return score
 
 
+def model_of(setting, references):
+    """An untrained DRA on the setting's backbone; references: (R, C, H, W) in [0, 1]."""
+    args, backbone = setting.args, setting.backbone
+    model = DRA(backbone.eval(), args.layers[0], to_channels(references, backbone.channels), args.heads,
+                args.scales, setting.size)
+    return model.to(setting.device, memory_format=torch.channels_last)
+
+
+def restore(settings, state, device):
+    """The score of a run, from what it left: for extras.predict."""
+    setting = Setting.of_run(settings, device)
+    model = model_of(setting, state["references"])
+    model.load_state_dict(state["model"])
+    return scorer(setting, model.eval(), state["references"])
+
+
 def main():
     parser = shots_flags(flags(__doc__.splitlines()[0], layers=[3], size=160))
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=LEARNS, help="which to train and "
@@ -297,18 +313,17 @@ def main():
     turns = torch.rand(args.references, generator=draws[1]) * 360
     references = rotate(data.train[picked] / 255, turns)         # clean, and the same in training and testing
     setting.say(f"heads {', '.join(args.heads)}", f"{args.epochs * STEPS} steps of {args.batch_size}")
-    backbone, fresh = setting.backbone, {k: v.clone() for k, v in setting.backbone.state_dict().items()}
+    fresh = {k: v.clone() for k, v in setting.backbone.state_dict().items()}
     for out, shots in runs:
         metrics = results_of(setting, out, len(shots.images))
         if metrics:
             continue
         torch.manual_seed(args.seed)                                        # the heads' first weights
-        backbone.load_state_dict(fresh)
-        model = DRA(backbone.eval(), args.layers[0], to_channels(references, backbone.channels), args.heads,
-                    args.scales, setting.size)
-        model.to(setting.device, memory_format=torch.channels_last)
+        setting.backbone.load_state_dict(fresh)
+        model = model_of(setting, references)
         model = train(setting, model, references, shots.images, out)
-        metrics = finish(setting, scorer(setting, model, references), out, shots)
+        state = {"model": model.state_dict(), "references": references}
+        metrics = finish(setting, scorer(setting, model, references), state, out, shots)
     print(f"auroc {metrics['auroc']:.4f}")
 
 

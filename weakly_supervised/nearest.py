@@ -90,6 +90,16 @@ def greedy_coreset(x, m, generator, dims=128):
     return torch.tensor(chosen)
 
 
+def by_distance(setting, memory):
+    """How images are scored: by the distances of their patches to the nearest of memory (m, C)."""
+    return scorer(setting, lambda x: nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]))
+
+
+def restore(settings, state, device):
+    """The score of a run, from what it left: for extras.predict."""
+    return by_distance(Setting.of_run(settings, device), state["memory"].to(device))
+
+
 def main():
     parser = patch_flags(__doc__.splitlines()[0])
     parser.add_argument("--patches", type=number(low=0), default=20_000,
@@ -104,8 +114,8 @@ def main():
     if args.coreset < 1:
         generator = step_generator("cpu", args.seed, "coreset", 0)
         memory = memory[greedy_coreset(memory, max(1, round(len(memory) * args.coreset)), generator)]
-    score = scorer(setting, lambda x: nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]))
-    metrics = finish(setting, score, patches_kept=len(memory))
+    score, state = by_distance(setting, memory), {"memory": memory.cpu()}
+    metrics = finish(setting, score, state, patches_kept=len(memory))
     print(f"auroc {metrics['auroc']:.4f}")
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dia_lib import (
-    Log, batch_indices, check_batch, check_loss, number, run, save_checkpoint, send, step_generator,
+    Log, batch_indices, check_batch, check_loss, number, run, send, step_generator,
 )
 from weakly_supervised.common import AGAIN, Setting, finish, runs_of, shots_flags
 from weakly_supervised.nearest import nearest_distance, patch_flags, patches, sample, scorer
@@ -82,6 +82,19 @@ def train(setting, normal, mined, out):
     return net.eval()
 
 
+def by_discriminator(setting, net):
+    """How images are scored: by what the discriminator says of their patches."""
+    return scorer(setting, lambda x: net(x).squeeze(2))
+
+
+def restore(settings, state, device):
+    """The score of a run, from what it left: for extras.predict."""
+    setting, weights = Setting.of_run(settings, device), state["discriminator"]
+    net = discriminator(settings["discriminator"], next(iter(weights.values())).shape[1])
+    net.load_state_dict(weights)
+    return by_discriminator(setting, net.to(device).eval())
+
+
 def main():
     parser = shots_flags(patch_flags(__doc__.splitlines()[0]))
     parser.add_argument("--retention", type=number(float, above=0, high=1), default=0.2,
@@ -112,10 +125,9 @@ def main():
         anomalous = torch.cat([*patches(setting, setting.features(shots.images))]).flatten(0, 1)
         mined = mine(anomalous, known, args.retention) if args.mining else anomalous
         net = train(setting, normal, mined, out)
-        save_checkpoint(out / "wscxr.pt", "wscxr", {**vars(args), "shots": len(shots.images)},
-                        {"discriminator": net.state_dict()})
         print(f"{len(shots.images)} labelled, {len(mined)} of {len(anomalous)} patches:")
-        metrics = finish(setting, scorer(setting, lambda x, net=net: net(x).squeeze(2)), out, shots)
+        state = {"discriminator": net.state_dict()}
+        metrics = finish(setting, by_discriminator(setting, net), state, out, shots)
     print(f"auroc {metrics['auroc']:.4f}")
 
 
