@@ -292,7 +292,7 @@ def write_map(to, name, grid, picture, low, high):
     """TO/maps/<name>.png, the picture (C, H, W) uint8 reddened, and <name>.npy, its patches' scores."""
     path, side = to / "maps" / name, math.isqrt(len(grid))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = to_channels(torch.from_numpy(picture), 3) / 255
+    image = to_channels(torch.from_numpy(picture)[None], 3)[0] / 255
     heat = overlay(image, heat_map(grid, image.shape[1:]), low, high)
     Image.fromarray((heat * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(f"{path}.png")
     np.save(f"{path}.npy", grid.view(side, side).numpy())
