@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 import dia_lib
 import train_dia
 from dia_lib import load_data
-from extras import choose, predict, report
+from extras import choose, predict, report, tables
 
 CPU = torch.device("cpu")
 
@@ -509,24 +509,24 @@ def test_roc_and_histograms_show_the_scores_of_each_label_and_group():
 
 
 def test_helpers_of_tables():
-    assert report.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
-    assert report.spread([0.7, 0.8, None]) == "0.750 ± 0.071"
-    assert report.spread([0.7]) == "0.700" and report.spread([None]) == ""
-    assert report.mean_minutes([(40, "AMD EPYC 9B14"), (45, ""), (None, "AMD EPYC 9B14")]) == "42.5"
-    assert report.mean_minutes([(42.6, "AMD EPYC"), (27, "Intel Xeon")]) == "42.6, 27.0 (Intel Xeon)"
+    assert tables.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert tables.spread([0.7, 0.8, None]) == "0.750 ± 0.071"
+    assert tables.spread([0.7]) == "0.700" and tables.spread([None]) == ""
+    assert tables.mean_minutes([(40, "AMD EPYC 9B14"), (45, ""), (None, "AMD EPYC 9B14")]) == "42.5"
+    assert tables.mean_minutes([(42.6, "AMD EPYC"), (27, "Intel Xeon")]) == "42.6, 27.0 (Intel Xeon)"
     page = "x\n<!-- study: a -->\nold\n<!-- end -->\ny\n<!-- study: b -->\nkept\n<!-- end -->\n"
-    assert report.put(page, "a", "| new \\1 |") == page.replace("old\n", "\n| new \\1 |\n\n")
+    assert tables.put(page, "a", "| new \\1 |") == page.replace("old\n", "\n| new \\1 |\n\n")
     with pytest.raises(SystemExit, match="study: c"):
-        report.put(page, "c", "")
-    assert report.processor(CPU) and not {"CPU", "Processor"} & set(report.processor(CPU).split())
+        tables.put(page, "c", "")
+    assert tables.processor(CPU) and not {"CPU", "Processor"} & set(tables.processor(CPU).split())
 
 
 def test_insert_replaces_rows_with_the_same_key_and_keeps_what_is_empty(tmp_path):
     path = tmp_path / "new/table.csv"
     for rows in ([("a", 0.5, 3), ("b", 0.6, "")], [("c", 0.9, 1), ("a", 0.7, "")]):
         rows = [dict(zip(("run", "auroc", "minutes"), row, strict=True)) for row in rows]
-        report.insert(path, rows, ["run"])
+        tables.insert(path, rows, ["run"])
     assert path.read_text() == "run,auroc,minutes\na,0.7,3\nb,0.6,\nc,0.9,1\n"
     with pytest.raises(SystemExit, match="another table"):
-        report.insert(path, [{"run": "a", "loss": 1}], ["run"])
+        tables.insert(path, [{"run": "a", "loss": 1}], ["run"])
     assert path.read_text().startswith("run,auroc,minutes\n") and os.listdir(path.parent) == ["table.csv"]

@@ -21,7 +21,7 @@ from evaluate import measure, tell
 from extras.choose import KINDS, synthetic_defects
 from extras.heat_maps import heat_map, mask_of, overlay, pixel_metrics
 from extras.predict import columns_of, decisions, impossible, p_values
-from extras.report import processor
+from extras.tables import processor
 from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
 
 AGAIN = "the same command begins again, with the feature maps that are in the cache"
