@@ -174,12 +174,12 @@ td:last-child, pre, figcaption { overflow-wrap: anywhere; min-width: 3rem }
 pre { white-space: pre-wrap }
 .row { display: flex; flex-wrap: wrap; gap: 1rem }
 .row > img { width: 22rem; max-width: 100%; align-self: start }
-figure { margin: 0; width: 10.6rem; max-width: 46%; font-size: .8rem }
-figure.pair { width: 22.2rem; max-width: 100% }
+figure { margin: 0; width: 15%; min-width: 9rem; font-size: .8rem }
+figure.pair { width: 31.5%; min-width: min(18rem, 100%) }
 figure img { width: 100%; image-rendering: pixelated }
 figure.pair img { width: 49% }
 @media print { h2, h3 { break-after: avoid } figure, img, tr { break-inside: avoid } .row { gap: .5rem 1% }
-  .row > img { width: 44% } figure { width: 15.6% } figure.pair { width: 32% } }"""
+  .row > img { width: 44% } figure, figure.pair { min-width: 0 } }"""
 
 
 def paragraph(words):
@@ -267,7 +267,7 @@ def figure_of(results, i, data):
         tile.thumbnail((320, 320))
         tile.save(png := io.BytesIO(), format="PNG")
         html += picture(png, f"{kind} {path}{word}") + "\n"
-    p = f", p {results.p[i]:.3g}" if results.p is not None else ""
+    p = f", p\u00a0{results.p[i]:.3g}" if results.p is not None else ""
     named = "" if group.lower() in ("", kind) else f", {group}"
     words = [path, f"{kind}{named}", f"score {results.scores[i]:.4g}{p}",
              f"rank {1 + (results.scores > results.scores[i]).sum():,} of {len(results.scores):,}"]

@@ -511,7 +511,7 @@ def expected_captions(rows):
     normals, anomalies = ([row for row in ranked if row["label"] == label] for label in "01")
     shown = [*normals[:6], *anomalies[:-7:-1], *anomalies[:6], *normals[:-7:-1]]
     kinds = [f"{('normal', 'anomaly')[int(row['label'])]}, {row['group']}" for row in shown]
-    p = [f", p {float(row['p_value']):.3g}" if "p_value" in row else "" for row in shown]
+    p = [f", p\u00a0{float(row['p_value']):.3g}" if "p_value" in row else "" for row in shown]
     return [[row["path"], kind, f"score {float(row['score']):.4g}{more}",
              f"rank {ranked.index(row) + 1} of 30"]
             for row, kind, more in zip(shown, kinds, p, strict=True)]
