@@ -96,7 +96,7 @@ def data_of(settings, out, splits=("train", "test"), data=None, normal_class=Non
     data = data or s["data"]
     loaded = load_data(data, s["image_size"], splits, s["holdout"], normal_class or s["normal_class"])
     if loaded.fingerprint != s["fingerprint"]:
-        raise SystemExit(f"{out}/dia.pt was trained on other images than --data {data} has now.")
+        raise SystemExit(f"{out} was trained on other images than --data {data} has now.")
     return loaded
 
 

@@ -21,7 +21,7 @@ from dia_lib import (
 from evaluate import data_of
 from extras.choose import quick_scorer
 from extras.predict import SCORES
-from extras.report import insert
+from extras.tables import insert
 from study.results import run_key
 
 DIAMETERS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)          # share of the image's side

@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import dia_lib
 import train_dia
 from evaluate import within_groups
-from extras.report import insert, markdown, mean_minutes, processor, put, spread
+from extras.tables import insert, markdown, mean_minutes, processor, put, spread
 
 HERE = Path(__file__).parent
 SCORES = ("csi", "cos", "local")

@@ -1,5 +1,6 @@
 """Images of one's own, decisions with a guarantee, settings chosen without anomalies, pictures and tables."""
 
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -10,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+from html import escape, unescape
 
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ from sklearn.metrics import roc_auc_score
 import dia_lib
 import train_dia
 from dia_lib import load_data
-from extras import choose, decisions, local, predict, report
+from extras import choose, decisions, local, predict, report, tables
+from weakly_supervised import nearest
 
 CPU = torch.device("cpu")
 
@@ -468,13 +471,147 @@ def test_report_draws_the_pictures_or_says_what_is_missing(own_chain, tmp_path, 
     plotted, plot = [], report.p_value_plot
     monkeypatch.setattr(report, "p_value_plot", lambda *args: plotted.append(args) or plot(*args))
     assert call(report, own_chain) is None
-    (_, labels, p, n), = plotted
+    (_, labels, p, n, fpr), = plotted
     rows = table(own_chain / "scores.csv")
     assert np.array_equal(p, run.p_values(np.array([float(r["score"]) for r in rows])))
     assert labels.tolist() == [int(r["label"]) for r in rows] and n == len(run.known["calibration"]["csi"])
+    html, _, figures = page_of(own_chain)
+    assert captions(figures) == expected_captions([{**r, "p_value": v} for r, v in zip(rows, p, strict=True)])
+    assert f"There are {decisions.impossible(n, fpr)}." in html and fpr == 0.05
     names = ("roc", "scores", "training", "p_values")
     assert "drew roc.png, scores.png, training.png, p_values.png in" in capsys.readouterr().out
     assert all(np.asarray(Image.open(own_chain / f"{name}.png").convert("L")).std() > 10 for name in names)
+
+
+SECTIONS = ["ROC", "Scores by group", "P-values", "Training", "The 24 most telling images", "Settings",
+            "Data"]
+
+
+def page_of(out):
+    """A report.html that needs no other file, as (HTML without pictures, [(alt, image)], [figure's HTML])."""
+    html = (out / "report.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', html)
+    assert len(pictures) == html.count("<img") == html.count("src=")
+    bare = re.sub(r'"data:image/png;base64,[^"]*"', '""', html)
+    assert not re.search(r"https?:|<script|<link|<iframe|href|url\(|@import", bare)
+    images = [(unescape(alt), Image.open(io.BytesIO(base64.b64decode(data)))) for alt, data in pictures]
+    return bare, images, re.findall(r"<figure.*?</figure>", bare, re.S)
+
+
+def sections_of(html):
+    return re.findall(r"<section><h2>(.*?)</h2>", html)
+
+
+def captions(figures):
+    """The lines below each image of a page."""
+    return [unescape(re.search("<figcaption>(.*)</figcaption>", figure, re.S)[1]).split("<br>")
+            for figure in figures]
+
+
+def expected_captions(rows):
+    """The first three lines of the captions, by scores.csv: four times six, in this order."""
+    ranked = sorted(rows, key=lambda row: -float(row["score"]))
+    normals, anomalies = ([row for row in ranked if row["label"] == label] for label in "01")
+    shown = [*normals[:6], *anomalies[:-7:-1], *anomalies[:6], *normals[:-7:-1]]
+    kinds = [f"{('normal', 'anomaly')[int(row['label'])]}, {row['group']}" for row in shown]
+    p = [f", p\u00a0{float(row['p_value']):.3g}" if "p_value" in row else "" for row in shown]
+    return [[row["path"], kind, f"score {float(row['score']):.4g}{more}",
+             f"rank {ranked.index(row) + 1} of 30"]
+            for row, kind, more in zip(shown, kinds, p, strict=True)]
+
+
+def test_the_page_of_a_run_shows_what_scores_csv_says(chain, own_chain, folder):
+    """The figures, a row a group, 24 test images; nothing that is not there."""
+    pytest.importorskip("matplotlib")
+    metrics = json.loads((own_chain / "metrics.json").read_text())
+    assert call(report, own_chain) is None
+    html, images, figures = page_of(own_chain)
+    rows = table(own_chain / "scores.csv")
+    assert sections_of(html) == SECTIONS and captions(figures) == expected_captions(rows)
+    assert f"AUROC {metrics['auroc']:.3f}<" in html and "12 normal and 18 anomalous test images" in html
+    for name, floor in metrics["floors_auroc"].items():
+        beaten = "" if floor < metrics["auroc"] else "not beaten"
+        assert f"<td>floor: {name}</td><td>{floor:.4g}</td><td>{beaten}</td>" in html
+    for group, label, n in (("dent", 1, 6), ("good", 0, 12), ("scratch", 1, 12)):
+        mine = [float(r["score"]) for r in rows if r["group"] == group]
+        against = [float(r["score"]) for r in rows if r["group"] == "good"]
+        auroc = f"{roc_auc_score([0] * 12 + [1] * n, against + mine):.3f}" if label else ""
+        assert (f"<td>{group}</td><td>{('normal', 'anomaly')[label]}</td><td>{n}</td><td>"
+                f"{np.median(mine):.4g}</td><td>{auroc}</td>") in html
+    assert "extras.predict" in html and "Red:" not in html                  # no p-values, no heat maps yet
+    assert dia_lib.found(load_data(str(folder), 40, holdout=0.3)) in unescape(html)
+    for (alt, image), (path, kind, *_) in zip(images[-24:], captions(figures), strict=True):
+        assert alt == f"{kind.split(',')[0]} {path}"
+        assert np.array_equal(image, Image.open(folder / path))
+    assert "<td>steps</td><td>4</td>" in html and "<td>image_size</td><td>40</td>" in html
+
+
+def test_the_page_of_a_run_with_heat_maps_and_names_that_html_would_read(tiny, folder, tmp_path):
+    """nearest --maps: each image beside its map, p-values, decisions; < & and quotes are escaped."""
+    pytest.importorskip("matplotlib")
+    root, out = shutil.copytree(folder, tmp_path / 'a<b>&"c"'), tmp_path / "run"
+    (root / "test/dent").rename(root / "test/<i>dent&amp;'")
+    for i, file in enumerate(sorted((root / "test").rglob("*.png"))):
+        file.rename(file.with_name(f'{i}"<img>.png'))
+    assert call(nearest, "--data", root, *tiny[2:], "--fpr", 0.3, "--maps", "--out", out) is None
+    assert call(report, out) is None
+    html, images, figures = page_of(out)
+    rows, metrics = table(out / "scores.csv"), json.loads((out / "metrics.json").read_text())
+    assert sections_of(html) == [name for name in SECTIONS if name != "Training"]       # nothing was trained
+    assert not re.search(r"<(b|i|img)>", html) and "&amp;amp;&#x27;" in html
+    assert captions(figures) == expected_captions(rows)
+    assert f"<title>{escape(root.name)}: nearest, seed 0</title>" in html
+    decision = metrics["decision"]
+    assert f"by {decision['calibration_normals']} calibration normals" in html
+    assert f"<td>sensitivity</td><td>{decision['sensitivity']:.3f}</td>" in html
+    data = load_data(str(root), 32, holdout=0.3)
+    for k, (path, *_) in enumerate(captions(figures)):
+        (alt, image), (alt2, heat) = images[len(images) - 48 + 2 * k:][:2]
+        assert path in alt and alt2 == f"{alt}, heat map"
+        pixels = data.test[data.paths.index(path), 0].numpy().repeat(4, 0).repeat(4, 1)
+        assert np.abs(np.asarray(image)[..., 0].astype(int) - pixels).max() <= 1
+        red, green, _ = np.moveaxis(np.asarray(heat).astype(int), 2, 0)
+        assert heat.size == image.size and (red >= green).all() and (green <= pixels + 1).all()
+    assert any((np.asarray(heat)[..., 0] > np.asarray(heat)[..., 1].astype(int) + 50).any()
+               for _, heat in images[-47::2])
+
+
+def test_a_page_without_the_images_says_so_and_has_the_rest(own_chain, folder, tmp_path, capsys):
+    """They are found again by --data; there, other images are an error."""
+    pytest.importorskip("matplotlib")
+    metrics = json.loads((own_chain / "metrics.json").read_text())
+    metrics["settings"]["data"] = str(tmp_path / "gone")
+    (own_chain / "metrics.json").write_text(json.dumps(metrics))
+    assert call(report, own_chain) is None
+    said = f"was trained on --data {tmp_path / 'gone'}, which is not there"
+    html, images, figures = page_of(own_chain)
+    assert sections_of(html) == SECTIONS and html.count(said) == 2 and said in capsys.readouterr().out
+    assert captions(figures) == expected_captions(table(own_chain / "scores.csv"))
+    assert len(images) == len(re.findall('alt="(roc|scores|training):', html)) == 1 + 3 + 3
+    assert call(report, own_chain, "--data", folder) is None
+    html, images, _ = page_of(own_chain)
+    assert said not in html and len(images) == 7 + 24
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "train/good/000.png").unlink()
+    (own_chain / "report.html").unlink()
+    assert "was trained on other images than --data" in call(report, own_chain, "--data", other)
+    assert not (own_chain / "report.html").exists()
+
+
+@pytest.mark.parametrize("name, text", [
+    ("metrics.json", "{"), ("metrics.json", "{}"), ("log.jsonl", "{\n"), ("scores.csv", "path,label\na,0\n"),
+    ("scores.csv", "path,group,label,score\na,g,0,1.5\nb,g,1,2.5\n")])
+def test_results_that_are_damaged_or_of_two_runs_are_one_sentence(name, text, own_chain):
+    pytest.importorskip("matplotlib")
+    (own_chain / name).write_text(text)
+    assert "damaged, or they are of different runs" in call(report, own_chain)
+    assert not (own_chain / "report.html").exists()
+
+
+def test_telling_images_are_mistakes_first_and_none_twice():
+    labels, scores = np.array([0] * 8 + [1] * 4), np.array([*range(8), 9, 3.5, 8, 7.5])
+    assert [rows.tolist() for rows in report.telling(labels, scores).values()] == [
+        [7, 6, 5, 4, 3, 2], [9, 11, 10, 8], [], [0, 1]]
 
 
 def test_training_curves_take_the_rows_of_each_stage():
@@ -488,7 +625,10 @@ def test_training_curves_take_the_rows_of_each_stage():
     assert drawn == [{"held_t0-29": [[2, 0.6]], "loss": [[2, 0.5]]},
                      {"contrastive": [[3, 3.0]], "loss": [[3, 4.0]]},
                      {"shift_acc": [[4, 0.5]], "shift_acc_held": [[4, 0.4]], "val_auroc": [[3, 0.7]]}]
-    report.training_curves(Figure(), [])                                    # an empty log is no error
+    report.training_curves(figure := Figure(), [{"stage": "evaluate", "step": 0, "loss": 1.0}])
+    assert not figure.axes                                                  # no empty panels
+    report.training_curves(figure, [{"stage": "dra", "step": 1, "loss": 2.0, "held": 1.0}])
+    assert [axes.get_title() for axes in figure.axes] == ["dra: loss"]
 
 
 def test_p_value_plot_is_the_share_up_to_each_value():
@@ -508,29 +648,33 @@ def test_roc_and_histograms_show_the_scores_of_each_label_and_group():
     report.roc(figure := Figure(), labels, scores, metrics)
     curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert [0, 1] in curves["AUROC 1.000"] and figure.axes[0].get_title() == "b, csi"
-    report.score_histograms(figure := Figure(), labels, scores, np.array(["m", "p", "m", "q"]))
-    assert [axes.get_title() for axes in figure.axes] == ["all", "m"]           # p and q have one label each
+    groups = np.array(["m", "p", "m", "q"])
+    report.score_histograms(figure := Figure(), labels, scores, groups)
+    assert [axes.get_title() for axes in figure.axes] == ["all", "m", "q"]      # p has no anomaly
+    mine = {name: rows.tolist() for name, rows in report.by_group(labels, groups).items()}
+    assert mine == {"m": [True, False, True, False], "q": [True, True, False, True]}    # q has no normal
+    assert not report.by_group(labels, np.array(["n", "n", "a", "a"]))          # a would be all images again
 
 
 def test_helpers_of_tables():
-    assert report.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
-    assert report.spread([0.7, 0.8, None]) == "0.750 ± 0.071"
-    assert report.spread([0.7]) == "0.700" and report.spread([None]) == ""
-    assert report.mean_minutes([(40, "AMD EPYC 9B14"), (45, ""), (None, "AMD EPYC 9B14")]) == "42.5"
-    assert report.mean_minutes([(42.6, "AMD EPYC"), (27, "Intel Xeon")]) == "42.6, 27.0 (Intel Xeon)"
+    assert tables.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert tables.spread([0.7, 0.8, None]) == "0.750 ± 0.071"
+    assert tables.spread([0.7]) == "0.700" and tables.spread([None]) == ""
+    assert tables.mean_minutes([(40, "AMD EPYC 9B14"), (45, ""), (None, "AMD EPYC 9B14")]) == "42.5"
+    assert tables.mean_minutes([(42.6, "AMD EPYC"), (27, "Intel Xeon")]) == "42.6, 27.0 (Intel Xeon)"
     page = "x\n<!-- study: a -->\nold\n<!-- end -->\ny\n<!-- study: b -->\nkept\n<!-- end -->\n"
-    assert report.put(page, "a", "| new \\1 |") == page.replace("old\n", "\n| new \\1 |\n\n")
+    assert tables.put(page, "a", "| new \\1 |") == page.replace("old\n", "\n| new \\1 |\n\n")
     with pytest.raises(SystemExit, match="study: c"):
-        report.put(page, "c", "")
-    assert report.processor(CPU) and not {"CPU", "Processor"} & set(report.processor(CPU).split())
+        tables.put(page, "c", "")
+    assert tables.processor(CPU) and not {"CPU", "Processor"} & set(tables.processor(CPU).split())
 
 
 def test_insert_replaces_rows_with_the_same_key_and_keeps_what_is_empty(tmp_path):
     path = tmp_path / "new/table.csv"
     for rows in ([("a", 0.5, 3), ("b", 0.6, "")], [("c", 0.9, 1), ("a", 0.7, "")]):
         rows = [dict(zip(("run", "auroc", "minutes"), row, strict=True)) for row in rows]
-        report.insert(path, rows, ["run"])
+        tables.insert(path, rows, ["run"])
     assert path.read_text() == "run,auroc,minutes\na,0.7,3\nb,0.6,\nc,0.9,1\n"
     with pytest.raises(SystemExit, match="another table"):
-        report.insert(path, [{"run": "a", "loss": 1}], ["run"])
+        tables.insert(path, [{"run": "a", "loss": 1}], ["run"])
     assert path.read_text().startswith("run,auroc,minutes\n") and os.listdir(path.parent) == ["table.csv"]

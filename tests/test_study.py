@@ -15,7 +15,7 @@ import dia_lib
 import evaluate
 import train_dia
 from extras import local, predict
-from extras.report import put
+from extras.tables import put
 from study import probe, results
 
 HEADER = ("data,dissolve,settings,seed,steps,score,minutes,val_auroc,auroc,ap,within_group_auroc,commit,"

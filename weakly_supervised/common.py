@@ -19,9 +19,9 @@ from dia_lib import (
 )
 from evaluate import measure, tell
 from extras.choose import KINDS, synthetic_defects
-from extras.heat_maps import colours, heat_map, mask_of, overlay, pixel_metrics
 from extras.decisions import columns_of, decisions, impossible, p_values
-from extras.report import processor
+from extras.heat_maps import colours, heat_map, mask_of, overlay, pixel_metrics
+from extras.tables import processor
 from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
 
 AGAIN = "the same command begins again, with the feature maps that are in the cache"

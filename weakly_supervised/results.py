@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from dia_lib import data_name, run
-from extras.report import insert, markdown, mean_minutes, put, spread
+from extras.tables import insert, markdown, mean_minutes, put, spread
 
 TABLE = Path(__file__).parent / "results.csv"
 README = TABLE.parent / "README.md"
