@@ -261,7 +261,7 @@ def overlays_of(results, data):
         try:
             scorer = load_run(results.out, passes=results.metrics.get("passes", 10), data=data)
             grids = scorer.parts(images, scorer.scores[:1], maps=True)[1]
-        except SystemExit as error:                                     # the backbone's weights are gone, e.g.
+        except SystemExit as error:                                 # the backbone's weights are gone, say
             print(f"note: the page is without heat maps: {error}")
             grids = []
         for grid, pair in zip(grids, tiles.values(), strict=False):
