@@ -135,6 +135,16 @@ def test_own_images_are_scored_without_labels_and_without_the_training_data(scor
     assert np.asarray(Image.open(out / "images/scans/examples.png")).std() > 10
 
 
+@pytest.mark.parametrize("n, fpr", [(19, 0.05), (60, 0.05), (99, 0.1), (40, 0.3)])
+def test_above_the_threshold_is_the_same_as_a_small_p_value(n, fpr):
+    rng = np.random.default_rng(n)
+    calibration = rng.integers(0, 30, n).astype(float)                      # with ties
+    scores = np.arange(-1, 31, 0.5)
+    limit = decisions.threshold(calibration, fpr)
+    assert np.array_equal(scores > limit, decisions.p_values(calibration, scores) <= fpr)
+    assert decisions.threshold(calibration[:18], 0.05) is None and decisions.threshold(np.empty(0), 0.5) is None
+
+
 def test_too_few_calibration_images_leave_the_column_anomaly_empty(scored, scans, tmp_path, capsys):
     assert call(predict, scored[0], scans, "--passes", 2, "--to", tmp_path) is None     # --fpr 0.05
     assert "5 images: no decisions: with" in capsys.readouterr().out
@@ -165,6 +175,20 @@ def test_scores_are_those_of_evaluate_for_the_same_images(scored, folder):
     for score, column in (("csi", "score"), ("cos", "cos")):
         expected = [float(rows[f"test/{path}"][column]) for path in paths]
         assert np.allclose(run.score(images, score)[0], expected, atol=0.02) and np.std(expected) > 0
+
+
+def test_heat_maps_of_own_images(scored, scans, tmp_path):
+    """Over each image at its own size; the raw map is that of `local`, whichever score ranks."""
+    assert call(predict, scored[0], scans, "--passes", 2, "--maps", "--to", tmp_path) is None
+    run = predict.load_run(scored[0], passes=2)
+    for file in (f for f in scans.rglob("*") if f.suffix in (".jpg", ".bmp", ".png") and f.name[0] != "."):
+        name = file.relative_to(scans)
+        grid, heat = np.load(tmp_path / f"maps/{name}.npy"), run.heat_map(file)
+        with Image.open(file) as image, Image.open(tmp_path / f"maps/{name}.png") as picture:
+            assert picture.size == image.size == heat.shape[::-1]
+        assert grid.max() == pytest.approx(run.score(file, "local")[0][0], abs=1e-5)
+        assert grid.min() - 1e-6 <= heat.min() and heat.max() <= grid.max() + 1e-6
+    assert (tmp_path / "scores.csv").exists() and "low" in run.known and run.known["low"] < run.known["high"]
 
 
 def test_calibration_is_the_half_that_nothing_was_chosen_by(scored, folder):
