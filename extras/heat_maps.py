@@ -14,9 +14,14 @@ from dia_lib import decode
 
 
 def heat_map(scores, size):
-    """Patch scores (P,) of a square grid as a map of size (H, W), or of a side: bilinear, then smoothed."""
+    """Patch scores (P,) of a square grid as a map of size (H, W), or of a side: bilinear, then smoothed.
+
+    A side above 256 is smoothed at 256, which is the same but for a pixel, and then enlarged.
+    """
     side, size = math.isqrt(len(scores)), (size, size) if isinstance(size, int) else tuple(size)
-    return smoothed(F.interpolate(scores.view(1, 1, side, side), size, mode="bilinear"))[0, 0]
+    first = tuple(min(256, n) for n in size)
+    maps = smoothed(F.interpolate(scores.view(1, 1, side, side), first, mode="bilinear"))
+    return (F.interpolate(maps, size, mode="bilinear") if size != first else maps)[0, 0]
 
 
 def smoothed(maps):

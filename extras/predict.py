@@ -44,7 +44,7 @@ from evaluate import auroc_interval, data_of, remembered, training_stats, weight
 from extras.decisions import columns_of, decisions, impossible, p_values, threshold
 from extras.heat_maps import colours, heat_map, overlay
 from extras.local import local_fit, local_maps
-from extras.prepare import LEFT, READ, look, page_of, scans, to_8_bit
+from extras.prepare import LEFT, READ, is_dicom, look, page_of, scans, to_8_bit
 
 SCORES = ("csi", "cos", "local")        # the paper's; its cosine alone; nearest neighbour of local features
 
@@ -57,7 +57,7 @@ def arguments(argv=None):
     parser.add_argument("--test", action="store_true", help="the run's own test set instead: AUROC, and what "
                         "deciding by p <= fpr does, for each score; writes RUN/decisions.json")
     shared_flags(parser, data=None)
-    parser.add_argument("--score", choices=SCORES, default="csi", help="of a run of train_dia.py: csi, the "
+    parser.add_argument("--score", choices=SCORES, help="of a run of train_dia.py: csi, the "
                         "paper's; cos, its cosine alone; local, nearest neighbour of local features "
                         "(default: csi)")
     parser.add_argument("--fpr", type=number(float, above=0, high=0.99), default=0.05,
@@ -82,37 +82,43 @@ def arguments(argv=None):
 def files_of(sources):
     """Folders, files and patterns, a path or several: [files], the folder that their names are relative to.
 
-    Images and scans at any depth of the folders. Says how many other files there are. Exits where there is
-    none.
+    Images and scans at any depth of the folders, as absolute paths. Says how many other files there are.
+    Exits where there is none.
     """
     sources = [sources] if isinstance(sources, str | os.PathLike) else sources
-    found, other = {}, 0
+    found, other, folders = [], 0, []
     for source in sources:
-        path = Path(source).expanduser()
-        matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        path = os.path.abspath(os.path.expanduser(source))
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
             raise SystemExit(f"{source}: no such file or folder.")
-        files = [f for p in matches for f in (scans(p) if p.is_dir() else [p])]
+        files = []
+        for match in map(Path, matches):
+            below = scans(match) if match.is_dir() else [match]
+            if not match.is_dir() and str(match) != path:                           # what a pattern found
+                below = [match] if match.suffix.lower() in SUFFIXES or is_dicom(match) else []
+            listed = match.rglob("*") if match.is_dir() else [match]
+            listed = [f for f in listed if f.is_file() and f.name[0] != "."]
+            files, other, folders = files + below, other + len({*listed} - {*below}), [*folders, match]
         if not files:
             raise SystemExit(f"{source}: no image below it; looked for {READ}; {LEFT}.")
-        found |= dict.fromkeys(files)                                               # in order, each once
-        other += sum(f.is_file() and not f.name.startswith(".") and f not in found
-                     for p in matches if p.is_dir() for f in p.rglob("*"))
+        found += files
     if other:
         print(f"note: {other} other files there are left out; images are {READ}")
-    folder = Path(sources[0]).expanduser()
-    alone = len(sources) == 1 and folder.is_dir()
-    return list(found), folder if alone else Path(os.path.commonpath([f.parent for f in found]))
+    alone = len(folders) == 1 and folders[0].is_dir()
+    return found, folders[0] if alone else Path(os.path.commonpath([f.parent for f in found]))
 
 
-def load_images(sources, size, window=None):
+def load_images(sources, size, window=None, once=False):
     """All images and scans of folders, files and patterns, of any format and size. No copy is kept on disk.
 
     sources: a path or several.  window: (low, high) that the run's set was prepared with,
-    `settings["window"]`; new scans get the same. Returns images (n, C, size, size) uint8, n names, digests
-    (n,) int64 of their pixels, as in Data.digests, and the n files. Exits where there is none.
+    `settings["window"]`; new scans get the same.  once: a file that several sources name counts once.
+    Returns images (n, C, size, size) uint8, n names, digests (n,) int64 of their pixels, as in Data.digests,
+    and the n files. Exits where there is none.
     """
     files, root = files_of(sources)
+    files = list(dict.fromkeys(files)) if once else files
     deep = [f for f in files if f.suffix.lower() not in SUFFIXES]
     items = [Item(name_in(root, f), 0, "", source_of(f, window)) for f in files]
     pixels, digests, deeper = read_images(items, size, window)
@@ -150,8 +156,9 @@ class Run:
     """A trained run, ready to score images; of load_run. Safe to use from several threads."""
     out: Path               # the run's folder
     settings: dict          # of its training
-    measure: Callable       # images (n, C, H, W) uint8, scores, maps -> {score: (n,)}, (n, P) if maps
-    known: dict             # calibration {score: (n,)}; low, high: of heat maps; train, held: digests
+    size: int               # side of the images that it takes
+    measure: Callable       # images (n, C, size, size) uint8, scores, maps -> {score: (n,)}, (n, P) if maps
+    known: dict             # calibration {score: (n,)}; low, high: of heat maps; digests of what it has seen
     batch: int = 96
 
     @property
@@ -160,18 +167,18 @@ class Run:
         return tuple(self.known["calibration"])
 
     def parts(self, images, scores=None, maps=False, name=None):
-        """{score: (n,)} and, with maps, their patches' scores (n, P), of images (n, C, H, W) uint8.
+        """{score: (n,)} and, with maps, their patches' scores (n, P), of images (n, C, size, size) uint8.
 
-        name: of a progress bar.
+        scores: names (default: all).  name: of a progress bar.
         """
-        scores, found = scores or self.scores, []
+        scores, found, grids = self.scores if scores is None else scores, [], []
         bar = tqdm(images.split(self.batch), name, unit="batch", leave=False, disable=None if name else True)
         for part in bar if len(images) else ():
-            found.append(self.measure(part, scores, maps))
-        if not found:
-            return dict.fromkeys(scores, torch.empty(0)), torch.empty(0, 1)
-        return ({score: torch.cat([values[score] for values, _ in found]) for score in scores},
-                torch.cat([grid for _, grid in found]) if maps else None)
+            values, grid = self.measure(part, scores, maps)
+            found.append(values)
+            grids += [grid] if maps else []
+        found = {name: torch.cat([torch.empty(0), *(part[name] for part in found)]) for name in scores}
+        return found, torch.cat(grids) if grids else torch.empty(0, 1)
 
     def p_values(self, scores, score=None):
         """Conformal p-values (n,) of scores (n,), numpy: see extras.decisions."""
@@ -179,29 +186,38 @@ class Run:
 
     def images(self, source):
         """Images (n, C, size, size) uint8, of whatever `score` takes."""
-        size, window = self.settings["image_size"], self.settings.get("window")
+        size, window = self.size, self.settings.get("window")
         if isinstance(source, torch.Tensor):
             shape = tuple(source.shape)
             if source.dtype != torch.uint8 or shape[2:] != (size, size) or shape[1] not in (1, 3):
                 raise ValueError(f"images are {source.dtype} {shape}; this run needs uint8 "
                                  f"(n, 1 or 3, {size}, {size})")
             return source
-        if isinstance(source, np.ndarray | Image.Image):
-            source = [source]
-        if isinstance(source, str | os.PathLike) or isinstance(source[0], str | os.PathLike):
+        several = not isinstance(source, str | os.PathLike | np.ndarray | Image.Image)
+        source = list(source) if several else [source]
+        if not source:
+            return torch.empty(0, 1, size, size, dtype=torch.uint8)
+        paths = [isinstance(image, str | os.PathLike) for image in source]
+        if all(paths):
             return load_images(source, size, window)[0]
+        if any(paths):
+            raise ValueError("a list has paths, or pictures and arrays, not both")
         for image in source:
-            if isinstance(image, np.ndarray) and (
-                    image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,))):
+            if isinstance(image, Image.Image):
+                if image.mode[0] in "IF":
+                    raise ValueError(f"a picture has mode {image.mode}: give the path of its file")
+                image.load()
+            elif image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
                 raise ValueError(f"an array is {image.dtype} {image.shape}; needs uint8 (H, W) or (H, W, 3)")
         return torch.from_numpy(read_images([Item("", 0, "", image) for image in source], size, window)[0])
 
     def score(self, source, score=None):
         """Scores (n,) and p-values (n,), numpy. Higher scores and lower p-values are more anomalous.
 
-        source: a path (a folder, a file, a pattern), a PIL image, an array uint8 (H, W[, 3]) of any size, a
-        list of these, or a tensor (n, 1 or 3, size, size) uint8.  score: one of self.scores (default: the
-        first). Raises ValueError where arrays or tensors have another type or shape.
+        source: a path (a folder, in the order of load_images; a file; a pattern), a PIL image, an array uint8
+        (H, W[, 3]) of any size, a list of paths or of pictures and arrays, or a tensor (n, 1 or 3, size,
+        size) uint8.  score: one of self.scores (default: the first). Raises ValueError where pictures, arrays
+        or tensors have another type or shape; SystemExit with a sentence where a file cannot be read.
         """
         score = score or self.scores[0]
         scores = self.parts(self.images(source), (score,))[0][score].numpy()
@@ -212,14 +228,12 @@ class Run:
 
         source: a path of a file, a PIL image, or an array uint8 (H, W[, 3]).
         """
-        _, maps = self.parts(self.images(source), self.scores[:1], maps=True)
-        return heat_map(maps[0], picture_of(source, self.settings.get("window")).shape[1:]).numpy()
-
-
-def picture_of(source, window):
-    """An image as `decode` reads it, at its own size: (C, H, W) uint8."""
-    source = source_of(Path(source), window) if isinstance(source, str | os.PathLike) else source
-    return decode(source, None, window)[0].copy()
+        images, window = self.images(source), self.settings.get("window")
+        if len(images) != 1:
+            raise ValueError(f"a heat map is of one image, not of {len(images)}")
+        path = files_of(source)[0][0] if isinstance(source, str | os.PathLike) else None
+        size = decode(source_of(path, window) if path else source, None, window)[0].shape[1:]
+        return heat_map(self.parts(images, (), maps=True)[1][0], size).numpy()
 
 
 def load_run(out, device="auto", passes=10, batch=96, data=None):
@@ -229,17 +243,33 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
     makes its predict.pt from them.  Exits where a file is missing or not what it should be.
     """
     out, device = Path(out), pick_device(device)
-    if (out / "dia.pt").exists() or not (out / "predict.pt").exists():
+    method, settings = method_of(out)
+    if method == "dia":
         return dia_run(out, device, passes, batch, data)
     known = load_checkpoint(out / "predict.pt", "predict", "cpu")
-    settings = known["settings"]
-    method = import_module(f"weakly_supervised.{settings['method']}")
-    score = method.restore(settings, known["state"], device)
+    score = import_module(f"weakly_supervised.{method}").restore(settings, known["state"], device)
 
     def measure(images, scores, maps):
         found, grid = score(images)
-        return {scores[0]: found}, grid
-    return Run(out, settings, measure, known, batch)
+        return dict.fromkeys(scores, found), grid
+    return Run(out, settings, settings["side"], measure, known, batch)
+
+
+def method_of(out):
+    """Which method left a run in a folder, "dia" or one of weakly_supervised, and its settings."""
+    if (out / "dia.pt").exists() or not out.is_dir():
+        return "dia", load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"]
+    several = sorted(path.parent.name for path in out.glob("shots-*/predict.pt"))
+    if several and not (out / "predict.pt").exists():
+        raise SystemExit(f"{out} has several runs: give one of its folders {', '.join(several)}.")
+    if (out / "metrics.json").exists() and not (out / "predict.pt").exists():
+        raise SystemExit(f"{out} has no predict.pt: the run is of an earlier version. Run its command again, "
+                         "that of dra and ckaad with --resume.")
+    name = "predict" if (out / "predict.pt").exists() else "dia"
+    settings = load_checkpoint(out / f"{name}.pt", name, "cpu")["settings"]
+    if "method" not in settings:
+        raise SystemExit(f"{out} has no dia.pt, which its predict.pt was made for.")
+    return settings["method"], settings
 
 
 def dia_run(out, device, passes, batch, data):
@@ -262,13 +292,14 @@ def dia_run(out, device, passes, batch, data):
     if known is None:
         data = data or data_of(settings, out, ("train",))
         stats = training_stats(out, state, encoder, data, passes, device, batch)
-        known = {**{k: stats[k] for k in ("axis", "w", "v")}, "train": data.digests["train"],
-                 "held": data.digests["held"], "local": local_fit(encoder, data.train, device, batch),
-                 "calibration": dict.fromkeys(SCORES)}
-        held = Run(out, settings, measure, known, batch).parts(data.held[data.calibration], maps=True)
+        known = {**{k: stats[k] for k in ("axis", "w", "v")},
+                 **{k: data.digests[k].tolist() for k in ("train", "held")},
+                 "local": local_fit(encoder, data.train, device, batch), "calibration": dict.fromkeys(SCORES)}
+        made = Run(out, settings, settings["image_size"], measure, known, batch)
+        held = made.parts(data.held[data.calibration], maps=True)
         known |= {"calibration": held[0], **colours(held[1])}
         save_checkpoint(out / "predict.pt", "predict", key, known)
-    return Run(out, settings, measure, known, batch)
+    return Run(out, settings, settings["image_size"], measure, known, batch)
 
 
 # ---- The two things that the command does ----------------------------------------------------------------
@@ -292,7 +323,7 @@ def write_map(to, name, grid, picture, low, high):
     """TO/maps/<name>.png, the picture (C, H, W) uint8 reddened, and <name>.npy, its patches' scores."""
     path, side = to / "maps" / name, math.isqrt(len(grid))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = to_channels(torch.from_numpy(picture)[None], 3)[0] / 255
+    image = to_channels(picture[None], 3)[0] / 255
     heat = overlay(image, heat_map(grid, image.shape[1:]), low, high)
     Image.fromarray((heat * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(f"{path}.png")
     np.save(f"{path}.npy", grid.view(side, side).numpy())
@@ -304,8 +335,8 @@ def score_images(run, images, names, digests, files, score, fpr, maps, to):
     scores, calibration = found[score], run.known["calibration"][score].numpy()
     p, n = run.p_values(scores.numpy(), score), len(calibration)
     order = scores.argsort(descending=True, stable=True)
-    known = {**dict.fromkeys(run.known["held"].tolist(), "held out"),
-             **dict.fromkeys(run.known["train"].tolist(), "training")}
+    words = {"held": "held out", "labelled": "labelled", "train": "training"}
+    known = {digest: word for part, word in words.items() for digest in run.known.get(part, ())}
     seen = [known.get(digest, "") for digest in digests.tolist()]
     rows = list(zip(names, scores.tolist(), *columns_of(p, fpr, n), seen, strict=True))
     to.mkdir(parents=True, exist_ok=True)
@@ -316,9 +347,13 @@ def score_images(run, images, names, digests, files, score, fpr, maps, to):
     if maps:
         window, colour = run.settings.get("window"), (run.known["low"], run.known["high"])
         for i, file in enumerate(tqdm(files, "heat maps", unit="image", leave=False, disable=None)):
-            write_map(to, names[i], grids[i], picture_of(file, window), *colour)
+            picture = decode(source_of(file, window), None, window)[0]
+            write_map(to, names[i], grids[i], torch.tensor(picture), *colour)
     if trained := seen.count("training"):
         print(f"note: {trained} of these images were trained on (column `seen`): their scores are too low")
+    if labelled := seen.count("labelled"):
+        print(f"note: {labelled} of these images were labelled anomalies in training: their scores are too "
+              "high")
     decided = impossible(n, fpr) or (
         f"{int((p <= fpr).sum())} anomalies at --fpr {fpr:g}, by {n} calibration normals (scores above "
         f"{threshold(calibration, fpr):.6g})")
@@ -348,15 +383,14 @@ def score_test(run, data, fpr):
 def main():
     args = arguments()
     out, device, data = Path(args.run), pick_device(args.device), None
-    of_dia = (out / "dia.pt").exists() or not (out / "predict.pt").exists()
-    settings = load_checkpoint(out / ("dia.pt" if of_dia else "predict.pt"), "dia" if of_dia else "predict",
-                               "cpu")["settings"]
-    if args.test and not of_dia:
-        raise SystemExit(f"--test: what {settings['method']} decides on its test set is in "
-                         f"{out}/metrics.json already.")
-    if args.images:
-        found = load_images(args.images, settings["image_size"], settings.get("window"))    # mistakes first
-    if of_dia and (args.test or args.data):
+    method, settings = method_of(out)
+    if method != "dia" and (args.test or args.score or args.data or args.normal_class):
+        raise SystemExit("--test, --score, --data and --normal-class are for runs of train_dia.py; what "
+                         f"{method} decides on its test set is in {out}/metrics.json.")
+    if args.images:                                                                         # mistakes first
+        size = settings["image_size"] if method == "dia" else settings["side"]
+        found = load_images(args.images, size, settings.get("window"), once=True)
+    if args.test or args.data:
         data = data_of(settings, out, ("train", "test")[:1 + args.test], args.data, args.normal_class)
     if args.test and len(set(data.labels.tolist())) != 2:
         raise SystemExit(f"--test: {data.name} has no test set with both normal and anomalous images.")
@@ -364,9 +398,10 @@ def main():
     if args.test:
         score_test(loaded, data, args.fpr)
     else:
-        name = Path(args.images[0]).expanduser().resolve().name if len(args.images) == 1 else "images"
-        to = Path(args.to) if args.to else new_folder(out / "images" / re.sub(r"[*?\[\]]", "", name))
-        score_images(loaded, *found, args.score if of_dia else loaded.scores[0], args.fpr, args.maps, to)
+        name = Path(args.images[0]).expanduser().resolve().name
+        name = "images" if len(args.images) > 1 or re.search(r"[*?\[]", name) else name
+        to = Path(args.to) if args.to else new_folder(out / "images" / name)
+        score_images(loaded, *found, args.score or loaded.scores[0], args.fpr, args.maps, to)
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def overlays_of(results, data):
     if results.n is not None and (results.out / "predict.pt").is_file():
         try:
             scorer = load_run(results.out, passes=results.metrics.get("passes", 10), data=data)
-            grids = scorer.parts(images, scorer.scores[:1], maps=True)[1]
+            grids = scorer.parts(images, (), maps=True)[1]
         except SystemExit as error:                                 # the backbone's weights are gone, say
             print(f"note: the page is without heat maps: {error}")
             grids = []
@@ -309,7 +309,7 @@ def page(results, plots, data, gone):
                 "P-values": decision_table(results) + plots.get("p_values", ""),
                 "Training": plots.get("training"),
                 "The 24 most telling images": note + paragraph(
-                    "Red: the patches with the highest scores.") * ("class=pair" in images) + images,
+                    "Red: the most anomalous patches.") * ("class=pair" in images) + images,
                 "Settings": table(rows.items()),
                 "Data": note or f"<pre>{escape(found(data))}</pre>"}
     body = "\n".join(f"<section><h2>{name}</h2>\n{part}</section>" for name, part in sections.items() if part)

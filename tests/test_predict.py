@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import call
 from PIL import Image
+from test_data import medmnist
 
-from extras import decisions, predict
+from extras import decisions, heat_maps, predict
 from weakly_supervised import ckaad, dra, nearest, wscxr
 
 METHODS = {
@@ -74,9 +75,16 @@ def test_python_takes_paths_pictures_and_arrays_of_any_size(trained, folder):
     assert run.heat_map(file).shape == (40, 40)
     for several in (folder / "test/dent", str(folder / "test/dent/*.png")):
         assert run.score(several)[0].shape == (6,)
-    for bad in (pixels.astype(float), pixels[None, None], np.zeros((9, 9, 4), np.uint8)):
-        with pytest.raises(ValueError, match="uint8"):
+    for bad, word in ((pixels.astype(float), "uint8"), (pixels[None, None], "uint8"),
+                      (np.zeros((9, 9, 4), np.uint8), "uint8"), ([file, pixels], "both"),
+                      (larger.convert("I"), "mode I")):
+        with pytest.raises(ValueError, match=word):
             run.score(bad)
+    with pytest.raises(ValueError, match="of one image, not of 6"):
+        run.heat_map(folder / "test/dent")
+    assert run.score([])[0].shape == run.score([])[1].shape == (0,)
+    twice = run.score([file, folder / "test/dent/000.png", file])[0]                # each that was given
+    assert twice.shape == (3,) and twice[0] == twice[2] != twice[1]
 
 
 def test_threads_give_the_same(trained, folder):
@@ -94,32 +102,92 @@ def test_threads_give_the_same(trained, folder):
         assert np.allclose(found[i], expected[i::3], atol=1e-3 * expected.std())
 
 
-def test_files_folders_and_patterns(trained, folder, tmp_path):
+@pytest.fixture(scope="module")
+def one(tiny, tmp_path_factory):
+    """A run of nearest, for what does not depend on the method."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    assert call(nearest, *tiny, "--out", out) is None
+    return out
+
+
+def test_files_folders_and_patterns(one, folder, tmp_path, monkeypatch):
     """Names are relative to what all have in common; a file counts once; each call has its own folder."""
-    words = [folder / "test/dent/000.png", folder / "test/dent", str(folder / "test/good/00[0-3].png")]
-    assert call(predict, trained, *words) is None
-    assert call(predict, trained, folder / "test/dent") is None
-    assert call(predict, trained, folder / "test/dent") is None
-    found = {path.name: rows_of(path / "scores.csv") for path in (trained / "images").iterdir()}
-    assert found.keys() == {"images", "dent", "dent-2"} and found["dent"] == found["dent-2"]
+    monkeypatch.chdir(folder / "test/good")
+    words = [folder / "test/dent/000.png", "../dent", str(folder / "test/good/00[0-3].png")]
+    assert call(predict, one, *words) is None
+    assert call(predict, one, folder / "test/dent") is None
+    assert call(predict, one, folder / "test/dent") is None
+    assert call(predict, one, folder / "test/dent/*.png") is None
+    found = {path.name: rows_of(path / "scores.csv") for path in (one / "images").iterdir()}
+    assert found.keys() == {"images", "dent", "dent-2", "images-2"}
+    assert found["dent"] == found["dent-2"] == found["images-2"]
     names = [*(f"dent/{i:03d}.png" for i in range(6)), *(f"good/{i:03d}.png" for i in range(4))]
     assert sorted(found["images"]) == names
-    shutil.rmtree(trained / "images")
-    assert "holds scores.csv already" in call(predict, trained, *words, "--to", trained)
-    assert "no such file or folder" in call(predict, trained, folder / "*.gif")
-    assert "no image below it" in call(predict, trained, tmp_path)
-    assert "metrics.json already" in call(predict, trained, "--test")
+    assert "holds scores.csv already" in call(predict, one, *words, "--to", one)
+    assert "no such file or folder" in call(predict, one, folder / "*.gif")
+    assert "no image below it" in call(predict, one, tmp_path)
 
 
-def test_weights_that_changed_are_refused(trained, tiny, folder):
-    if trained.parent.name.startswith(("dra", "ckaad")):
-        pytest.skip("the same code as for the others")
+def test_a_pattern_leaves_out_what_is_no_image(one, folder, tmp_path, capsys):
+    shutil.copy(folder / "test/dent/000.png", tmp_path / "a b.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    assert call(predict, one, tmp_path / "*", "--to", tmp_path / "to") is None
+    assert "note: 1 other files there are left out" in capsys.readouterr().out
+    assert set(rows_of(tmp_path / "to/scores.csv")) == {"a b.png"}
+    assert "notes.txt" in call(predict, one, tmp_path / "notes.txt", "--to", tmp_path / "2")
+
+
+def test_which_run_is_meant_is_said(one, tiny, folder, chain, tmp_path, monkeypatch):
+    images = folder / "test/dent"
+    assert "for runs of train_dia.py" in call(predict, one, "--test")
+    assert "for runs of train_dia.py" in call(predict, one, images, "--score", "local")
+    assert call(wscxr, *tiny, "--shots", 2, 3, "--epochs", 1, "--out", tmp_path / "several") is None
+    assert "give one of its folders shots-2, shots-3" in call(predict, tmp_path / "several", images)
+    assert call(predict, tmp_path / "several/shots-3", folder / "test", "--to", tmp_path / "to") is None
+    seen = {path: row["seen"] for path, row in rows_of(tmp_path / "to/scores.csv").items() if row["seen"]}
+    assert len(seen) == 3 and set(seen.values()) == {"labelled"} and not any("good" in path for path in seen)
+    shutil.copytree(one, tmp_path / "old").joinpath("predict.pt").unlink()
+    assert "of an earlier version" in call(predict, tmp_path / "old", images)
+    assert "holds results already" in call(nearest, *tiny, "--out", chain)          # a run of train_dia.py
+
+
+def test_red_is_where_the_patch_is(one, tmp_path):
+    """One high patch off the diagonal, over images small and large."""
+    grid = torch.zeros(8, 8)
+    grid[1, 5] = 1.0
+    for size in ((64, 64), (40, 120), (900, 600)):
+        heat = heat_maps.heat_map(grid.flatten(), size)
+        assert heat.shape == size
+        y, x = np.unravel_index(heat.argmax(), size)
+        assert abs(y / size[0] - 1.5 / 8) < 0.03 and abs(x / size[1] - 5.5 / 8) < 0.03
+        grey = torch.full((1, *size), 100, dtype=torch.uint8)
+        predict.write_map(tmp_path, "a.png", grid.flatten(), grey, 0, 0.5)
+        picture = np.asarray(Image.open(tmp_path / "maps/a.png.png")).astype(int)
+        assert np.array_equal(np.load(tmp_path / "maps/a.png.npy"), grid.numpy())
+        assert picture.shape == (*size, 3) and (picture[-1, 0] == 100).all()
+        red = np.unravel_index((picture[..., 0] - picture[..., 1]).argmax(), size)
+        assert abs(red[0] - y) <= size[0] / 8 and abs(red[1] - x) <= size[1] / 8
+
+
+def test_arrays_of_an_npz_file_are_scored_at_their_size(tiny, tmp_path):
+    """They are 28 px, the backbone sees 64: new images are brought to 28 first, as the training ones were."""
+    file = medmnist(tmp_path / "set.npz")
+    out = tmp_path / "run"
+    assert call(nearest, "--data", file, *tiny[2:6], "--image-size", 64, "--holdout", 0.3, "--out", out) is None
+    with np.load(file) as arrays:
+        images = arrays["test_images"]
+    own = [float(row["score"]) for row in csv.DictReader((out / "scores.csv").open())]
+    run = predict.load_run(out)
+    assert run.size == 28 and np.allclose(run.score(list(images))[0], own, rtol=1e-3)
+
+
+def test_weights_that_changed_are_refused(one, tiny, folder):
     weights = tiny[5]
     kept = weights.read_bytes()
     try:
         state = torch.load(weights, weights_only=True)
         state["conv1.weight"] *= 2
         torch.save(state, weights)
-        assert "has other weights now than in training" in call(predict, trained, folder / "test/dent")
+        assert "has other weights now than in training" in call(predict, one, folder / "test/dent")
     finally:
         weights.write_bytes(kept)

@@ -100,6 +100,14 @@ class Setting:
         self.device, self.keep = device, keep
         self.backbone = load_backbone(self.args.backbone, self.args.weights, device)
 
+    def found_again(self):
+        """What `of_run` and extras.predict need beside the flags; paths hold in other folders, too."""
+        name, colon, path = self.args.backbone.partition(":")
+        weights = self.args.weights and str(Path(self.args.weights).resolve())
+        return {"backbone": f"{name}:{Path(path).resolve()}" if colon else name, "weights": weights,
+                "backbone_key": self.backbone.key, "side": self.data.train.shape[-1],
+                "window": self.data.defaults["window"]}
+
     @classmethod
     def of_run(cls, settings, device):
         """What scoring new images needs: the flags and the backbone of a run. No data, no cache."""
@@ -140,12 +148,13 @@ def load(maps, rows, device):
 
 
 def refuse_results(folder):
-    """Exit if the folder holds the results of a run."""
-    if (folder / "metrics.json").exists():
+    """Exit if the folder holds the results of a run, or a run of train_dia.py."""
+    if (folder / "metrics.json").exists() or (folder / "dia.pt").exists():
         raise SystemExit(f"{folder} holds results already. Choose another folder with --out, or remove it.")
 
 
-Shots = namedtuple("Shots", "images paths tested")      # (n, C, H, W) uint8; n names; rows in the test set
+# Labelled anomalies: (n, C, H, W) uint8, n names, rows in the test set, digests (n,) of their pixels.
+Shots = namedtuple("Shots", "images paths tested digests")
 
 
 def runs_of(setting, none=False):
@@ -164,16 +173,20 @@ def runs_of(setting, none=False):
     shots = args.shots = sorted(set(args.shots or [10]))
     anomalies = np.flatnonzero(setting.labels == 1)
     groups = [i.group for i in data.labelled] or [data.groups[i] for i in anomalies]
+    if args.anomaly_class and {data.groups[i] for i in anomalies} == {args.anomaly_class}:
+        raise SystemExit(f"--anomaly-class {args.anomaly_class}: test has no other group to report on.")
     for n in shots:
         out = setting.out / f"shots-{n}" if len(shots) > 1 else setting.out
         chosen = draw_shots(groups, n, args.seed, args.anomaly_class, 0 if none else 1, not data.labelled)
         if data.labelled:
             items = [data.labelled[i] for i in chosen]
-            images = torch.from_numpy(read_images(items, data.train.shape[-1])[0])
-            chosen = Shots(images, [i.name for i in items], [])
+            images, digests, _ = read_images(items, data.train.shape[-1])
+            chosen = Shots(torch.from_numpy(images), [i.name for i in items], [],
+                           torch.from_numpy(digests.view(np.int64)))
         else:
             chosen = anomalies[chosen]
-            chosen = Shots(data.test[torch.from_numpy(chosen)], [data.paths[i] for i in chosen], chosen)
+            chosen = Shots(data.test[torch.from_numpy(chosen)], [data.paths[i] for i in chosen], chosen,
+                           data.digests["test"][chosen])
         if not getattr(args, "resume", False):
             refuse_results(out)
             if "resume" in args and (out / f"{setting.method}.pt").exists():
@@ -258,7 +271,7 @@ def finish(setting, score, state, out=None, shots=None, **more):
     if getattr(args, "anomaly_class", None):                   # DRA's hard setting: anomalies of other groups
         seen, normal = groups[test] == args.anomaly_class, labels[test] == 0
         apart = {name: float(roc_auc_score(labels[rows], scores[rows])) for name, rows in
-                 (("auroc_seen_class", test[seen | normal]), ("auroc_all", test))}
+                 (("auroc_seen_class", test[seen | normal]), ("auroc_all", test)) if labels[rows].any()}
         test = test[~seen | normal]
     mine, truth, p = scores[test], labels[test], p_values(calibration, scores[test])
     f1, accuracy = (None, None) if impossible(n, args.fpr) else f1_accuracy(truth, p <= args.fpr)
@@ -285,11 +298,12 @@ def finish(setting, score, state, out=None, shots=None, **more):
         columns = [data.paths[i] for i in test], groups[test], truth, mine, *columns_of(p, args.fpr, n)
         csv.writer(file).writerows([("path", "group", "label", "score", "p_value", "anomaly"),
                                     *zip(*columns, strict=True)])
-    colour = colours(held_maps)
-    pictures(setting, out, scores, maps, test, **(colour if len(held) else colours(maps[test[truth == 0]])))
-    settings = metrics["settings"] | {"window": data.defaults["window"], "backbone_key": setting.backbone.key}
+    colour = colours(held_maps if len(held) else maps[test[truth == 0]])
+    pictures(setting, out, scores, maps, test, **colour)
+    settings = metrics["settings"] | setting.found_again()
     known = {"calibration": {setting.method: held[data.calibration]}, **colour, "state": state,
-             "train": data.digests["train"], "held": data.digests["held"]}
+             "train": data.digests["train"].tolist(), "held": data.digests["held"].tolist(),
+             "labelled": shots.digests.tolist() if shots else []}
     save_checkpoint(out / "predict.pt", "predict", settings, known)
     with whole(out / "metrics.json") as temporary:                          # last: it says that all is there
         temporary.write_text(json.dumps(metrics, indent=1))

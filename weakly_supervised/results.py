@@ -69,7 +69,7 @@ def table(rows):
             "AUROC": f"**{spread(aurocs)}** ({', '.join(f'{v:.3f}' for v in aurocs)})",
             "mean within groups": both("within_group_mean"),
             "false-positive rate at `--fpr 0.05`": both("false_positive_rate"),
-            "F1 / accuracy there": both("f1_at_fpr", "accuracy_at_fpr"),
+            "F1 / accuracy at it": both("f1_at_fpr", "accuracy_at_fpr"),
             "pixels: AUROC / PRO": both("pixel_auroc", "pro"),
             "minutes": mean_minutes((float(r["seconds"]) / 60, r["processor"]) for r in runs if r["seconds"]),
         })
@@ -91,7 +91,9 @@ def main():
         path = Path(folder) / "metrics.json"
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; give folders that a method of weakly_supervised wrote.")
-        insert(TABLE, [row_of(json.loads(path.read_text()))], KEY)
+        row = row_of(json.loads(path.read_text()))
+        put(README.read_text(), row["data"], "")                # exits where the page has no table of the set
+        insert(TABLE, [row], KEY)
     README.write_text(page())
     print(f"wrote {TABLE} and the tables in {README}")
 

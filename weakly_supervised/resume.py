@@ -29,7 +29,8 @@ def results_of(setting, out, shots):
     metrics = json.loads(path.read_text())
     stored = metrics["settings"] | {"shots": len(metrics["shots"])}
     same_flags(setting, stored, shots, path)
-    if stored["fpr"] != args.fpr or args.maps and not (out / "maps").exists():
+    there = (out / "predict.pt").exists() and (not args.maps or (out / "maps").exists())
+    if stored["fpr"] != args.fpr or not there:
         return None
     print(f"{out} has its results already")
     return metrics
