@@ -15,7 +15,8 @@ from extras import decisions, heat_maps, predict
 from weakly_supervised import ckaad, dra, nearest, wscxr
 
 METHODS = {
-    "nearest": (nearest, ["--maps"]), "wscxr": (wscxr, ["--shots", 2, "--epochs", 2]),
+    "nearest": (nearest, ["--layers", 1, 2, "--maps"]),
+    "wscxr": (wscxr, ["--layers", 1, 2, "--shots", 2, "--epochs", 2]),
     "dra": (dra, ["--shots", 2, "--epochs", 1, "--batch-size", 6, "--layers", 2]),
     "ckaad": (ckaad, ["--shots", 2, "--layers", 1, 2, "--image-size", 64, "--epochs", 1, "--batch-size", 8])}
 
@@ -158,7 +159,7 @@ def test_red_is_where_the_patch_is(one, tmp_path):
     for size in ((64, 64), (40, 120), (900, 600)):
         heat = heat_maps.heat_map(grid.flatten(), size)
         assert heat.shape == size
-        y, x = np.unravel_index(heat.argmax(), size)
+        y, x = np.unravel_index(int(heat.argmax()), size)
         assert abs(y / size[0] - 1.5 / 8) < 0.03 and abs(x / size[1] - 5.5 / 8) < 0.03
         grey = torch.full((1, *size), 100, dtype=torch.uint8)
         predict.write_map(tmp_path, "a.png", grid.flatten(), grey, 0, 0.5)
@@ -173,7 +174,8 @@ def test_arrays_of_an_npz_file_are_scored_at_their_size(tiny, tmp_path):
     """They are 28 px, the backbone sees 64: new images are brought to 28 first, as the training ones were."""
     file = medmnist(tmp_path / "set.npz")
     out = tmp_path / "run"
-    assert call(nearest, "--data", file, *tiny[2:6], "--image-size", 64, "--holdout", 0.3, "--out", out) is None
+    words = [*tiny[2:6], "--image-size", 64, "--normal-class", 0]
+    assert call(nearest, "--data", file, *words, "--out", out) is None
     with np.load(file) as arrays:
         images = arrays["test_images"]
     own = [float(row["score"]) for row in csv.DictReader((out / "scores.csv").open())]

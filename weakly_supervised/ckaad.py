@@ -199,7 +199,8 @@ def scorer(setting, model, batch=32):
         arrays, scores, wholes = setting.features(images), [torch.empty(0)], [torch.empty(0, 1)]
         for i in range(0, len(images), batch):
             maps = load(arrays, slice(i, i + batch), setting.device)
-            whole = whole_map(anomaly_maps(maps, model.reconstruct(maps)), setting.size)
+            found = model.autoencoder(maps)                     # in float32: the same alone and in a batch
+            whole = whole_map(anomaly_maps(maps, found), setting.size)
             scores.append(image_scores(whole).cpu())
             wholes.append(whole.flatten(1).cpu())
         return torch.cat(scores), torch.cat(wholes[1:] or wholes)
