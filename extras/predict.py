@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -71,8 +70,12 @@ def arguments(argv=None):
     args = parser.parse_intermixed_args(argv)                   # IMAGES may stand after the flags
     if args.test == bool(args.images):
         parser.error("give either images (folders, files, patterns) or --test")
-    if args.to and (Path(args.to) / "scores.csv").exists():
-        parser.error(f"{args.to} holds scores.csv already: choose another folder, or remove it")
+    to = Path(args.to or "new")
+    if to.is_file() or to.is_dir() and any(to.iterdir()):
+        parser.error(f"{args.to} is not empty: choose another folder with --to, or a new one")
+    inside = [source for source in args.images if to.resolve().is_relative_to(Path(source).resolve())]
+    if args.to and inside:
+        parser.error(f"--to {args.to} is in {inside[0]}, whose images are scored: choose another folder")
     return args
 
 
@@ -125,6 +128,9 @@ def load_images(sources, size, window=None, once=False):
     if window and len(deep) + len(deeper) < len(files):
         print("note: some have 8 bits; the run's images were made of values {:g} to {:g}".format(*window))
     names = [item.name for item in items]
+    if len(set(names)) < len(set(files)):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SystemExit(f"{root}: two files would both be called {twice}: rename one.")
     return torch.from_numpy(pixels), names, torch.from_numpy(digests.view(np.int64)), files
 
 
@@ -207,7 +213,9 @@ class Run:
                 if image.mode[0] in "IF":
                     raise ValueError(f"a picture has mode {image.mode}: give the path of its file")
                 image.load()
-            elif image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            elif not isinstance(image, np.ndarray):
+                raise ValueError(f"a {type(image).__name__} is no path, picture or array")
+            elif image.dtype != np.uint8 or not image.size or image.shape[2:] not in ((), (3,)):
                 raise ValueError(f"an array is {image.dtype} {image.shape}; needs uint8 (H, W) or (H, W, 3)")
         return torch.from_numpy(read_images([Item("", 0, "", image) for image in source], size, window)[0])
 
@@ -229,6 +237,8 @@ class Run:
         source: a path of a file, a PIL image, or an array uint8 (H, W[, 3]).
         """
         images, window = self.images(source), self.settings.get("window")
+        if isinstance(source, list) and len(source) == 1:
+            source = source[0]
         if len(images) != 1:
             raise ValueError(f"a heat map is of one image, not of {len(images)}")
         path = files_of(source)[0][0] if isinstance(source, str | os.PathLike) else None
@@ -340,15 +350,15 @@ def score_images(run, images, names, digests, files, score, fpr, maps, to):
     seen = [known.get(digest, "") for digest in digests.tolist()]
     rows = list(zip(names, scores.tolist(), *columns_of(p, fpr, n), seen, strict=True))
     to.mkdir(parents=True, exist_ok=True)
-    with whole(to / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([("path", "score", "p_value", "anomaly", "seen"),
-                                    *(rows[i] for i in order.tolist())])
     examples(to / "examples.png", images, order)
     if maps:
         window, colour = run.settings.get("window"), (run.known["low"], run.known["high"])
         for i, file in enumerate(tqdm(files, "heat maps", unit="image", leave=False, disable=None)):
             picture = decode(source_of(file, window), None, window)[0]
             write_map(to, names[i], grids[i], torch.tensor(picture), *colour)
+    with whole(to / "scores.csv") as temporary, open(temporary, "w", newline="") as file:   # the last of all
+        csv.writer(file).writerows([("path", "score", "p_value", "anomaly", "seen"),
+                                    *(rows[i] for i in order.tolist())])
     if trained := seen.count("training"):
         print(f"note: {trained} of these images were trained on (column `seen`): their scores are too low")
     if labelled := seen.count("labelled"):
@@ -399,7 +409,8 @@ def main():
         score_test(loaded, data, args.fpr)
     else:
         name = Path(args.images[0]).expanduser().resolve().name
-        name = "images" if len(args.images) > 1 or re.search(r"[*?\[]", name) else name
+        alone = len(args.images) == 1 and Path(args.images[0]).expanduser().exists()
+        name = name if alone else "images"
         to = Path(args.to) if args.to else new_folder(out / "images" / name)
         score_images(loaded, *found, args.score or loaded.scores[0], args.fpr, args.maps, to)
 

@@ -39,7 +39,9 @@ WORDS = ("normal", "anomaly")
 def read(out):
     """The Results in a run's folder; exits where files are missing, damaged, or of two different runs."""
     if not (out / "metrics.json").is_file() or not (out / "scores.csv").is_file():
-        raise SystemExit(f"{out} has no metrics.json and scores.csv: run evaluate.py on it first.")
+        several = ", ".join(sorted(path.parent.name for path in out.glob("shots-*/metrics.json")))
+        raise SystemExit(f"{out} has several runs: give one of its folders {several}." if several else
+                         f"{out} has no metrics.json and scores.csv: run evaluate.py on it first.")
     try:
         metrics = json.loads((out / "metrics.json").read_text())
         with open(out / "scores.csv", newline="") as file:

@@ -73,11 +73,12 @@ def test_python_takes_paths_pictures_and_arrays_of_any_size(trained, folder):
     larger = Image.fromarray(pixels).resize((120, 80))
     heat = run.heat_map(larger)
     assert heat.shape == (80, 120) and heat.dtype == np.float32 and heat.std() > 0
-    assert run.heat_map(file).shape == (40, 40)
+    assert run.heat_map(file).shape == run.heat_map([pixels]).shape == (40, 40)
     for several in (folder / "test/dent", str(folder / "test/dent/*.png")):
         assert run.score(several)[0].shape == (6,)
     for bad, word in ((pixels.astype(float), "uint8"), (pixels[None, None], "uint8"),
                       (np.zeros((9, 9, 4), np.uint8), "uint8"), ([file, pixels], "both"),
+                      (np.zeros((0, 0), np.uint8), "uint8"), ([[1, 2]], "a list is no path"),
                       (larger.convert("I"), "mode I")):
         with pytest.raises(ValueError, match=word):
             run.score(bad)
@@ -124,7 +125,8 @@ def test_files_folders_and_patterns(one, folder, tmp_path, monkeypatch):
     assert found["dent"] == found["dent-2"] == found["images-2"]
     names = [*(f"dent/{i:03d}.png" for i in range(6)), *(f"good/{i:03d}.png" for i in range(4))]
     assert sorted(found["images"]) == names
-    assert "holds scores.csv already" in call(predict, one, *words, "--to", one)
+    assert "is not empty" in call(predict, one, *words, "--to", one)
+    assert "whose images are scored" in call(predict, one, "../dent", "--to", "../dent/new")
     assert "no such file or folder" in call(predict, one, folder / "*.gif")
     assert "no image below it" in call(predict, one, tmp_path)
 

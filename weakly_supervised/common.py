@@ -148,7 +148,9 @@ def load(maps, rows, device):
 
 
 def refuse_results(folder):
-    """Exit if the folder holds the results of a run, or a run of train_dia.py."""
+    """Exit if the folder holds the results of a run, or a run of train_dia.py, or is none."""
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"--out {folder} is a file: name a folder.")
     if (folder / "metrics.json").exists() or (folder / "dia.pt").exists():
         raise SystemExit(f"{folder} holds results already. Choose another folder with --out, or remove it.")
 
