@@ -1,8 +1,8 @@
 """Distance to the nearest normal patch: what the methods with labels have to beat. Needs no labelled anomaly.
 
 After PatchCore (Roth et al. 2022, arXiv:2106.08265): patch features of the normal images are kept, a random
-sample of them or a greedy coreset; an image's score is the largest distance of one of its patches to the
-nearest of these.
+sample of them or a greedy coreset; an image's score is the mean distance of its most distant patches to the
+nearest of these (--top 0: of one patch, as there).
 """
 
 if __name__ == "__main__" and not __package__:

@@ -1,8 +1,8 @@
 """WSCXR: mine anomalous patches in a few labelled images, mix them with normal ones, tell both apart.
 
 Ni et al., "Weakly Supervised Anomaly Detection for Chest X-Ray Image", Sec. II, with the paper's equation
-numbers. Features of a frozen backbone; a linear discriminator, as released; an image's score is that of its
-most anomalous patch.
+numbers. Features of a frozen backbone; a linear discriminator, as released; an image's score is the mean of
+its most anomalous patches (--top 0: of one, as there).
 """
 
 if __name__ == "__main__" and not __package__:
