@@ -186,8 +186,8 @@ def test_heat_maps_of_own_images(scored, scans, tmp_path):
         grid, heat = np.load(tmp_path / f"maps/{name}.npy"), run.heat_map(file)
         with Image.open(file) as image, Image.open(tmp_path / f"maps/{name}.png") as picture:
             assert picture.size == image.size == heat.shape[::-1]
-        assert grid.max() == pytest.approx(run.score(file, "local")[0][0], abs=1e-5)
-        assert grid.min() - 1e-6 <= heat.min() and heat.max() <= grid.max() + 1e-6
+        assert grid.max() == pytest.approx(run.score(file, "local")[0][0], abs=2e-3)
+        assert grid.min() - 2e-3 <= heat.min() and heat.max() <= grid.max() + 2e-3
     assert (tmp_path / "scores.csv").exists() and "low" in run.known and run.known["low"] < run.known["high"]
 
 
@@ -248,7 +248,7 @@ def test_nothing_is_written_outside_the_target_folder(own_chain, scans, folder, 
         after = files_below(*seen)
         changed = {p for p in after if after[p] != before.get(p)}
         assert changed == {to / "scores.csv", to / "examples.png"} | extra and before.keys() <= after.keys()
-        (to / "scores.csv").unlink()
+        shutil.rmtree(to)
 
 
 def test_test_set_gives_auroc_and_decisions_of_every_score(scored, folder, capsys):
@@ -592,8 +592,8 @@ def test_the_page_of_a_run_with_heat_maps_and_names_that_html_would_read(tiny, f
     for k, (path, *_) in enumerate(captions(figures)):
         (alt, image), (alt2, heat) = images[len(images) - 48 + 2 * k:][:2]
         assert path in alt and alt2 == f"{alt}, heat map"
-        pixels = data.test[data.paths.index(path), 0].numpy().repeat(4, 0).repeat(4, 1)
-        assert np.abs(np.asarray(image)[..., 0].astype(int) - pixels).max() <= 1
+        pixels = data.test[data.paths.index(path), 0].numpy()
+        assert np.abs(np.asarray(image.convert("L")).astype(int) - pixels).max() <= 1
         red, green, _ = np.moveaxis(np.asarray(heat).astype(int), 2, 0)
         assert heat.size == image.size and (red >= green).all() and (green <= pixels + 1).all()
     assert any((np.asarray(heat)[..., 0] > np.asarray(heat)[..., 1].astype(int) + 50).any()

@@ -35,8 +35,8 @@ def patch_features(maps, aggregate):
     """
     size = max(tuple(m.shape[2:]) for m in maps)
     if aggregate > min(size):
-        warnings.warn(f"--aggregate {aggregate} is more than a map has, {size[0]} x {size[1]}: all patches of "
-                      "an image are nearly the same. Take a smaller one, or a larger --image-size.",
+        warnings.warn(f"--aggregate {aggregate} is more than a map has, {size[0]} x {size[1]}: all patches "
+                      "of an image are nearly the same. Take a smaller one, or a larger --image-size.",
                       stacklevel=2)
     x = torch.cat([F.interpolate(m, size, mode="bilinear") if m.shape[2:] != size else m for m in maps], 1)
     return F.avg_pool2d(x, aggregate, 1, aggregate // 2).flatten(2).transpose(1, 2)

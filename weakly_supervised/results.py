@@ -45,7 +45,7 @@ def grouped(rows):
     rows = sorted(rows, key=lambda r: int(r["seed"]))
     settings = {tuple(row[k] for k in KEY[:-1]) for row in rows}
     return {s: [r for r in rows if tuple(r[k] for k in KEY[:-1]) == s]
-            for s in sorted(settings, key=lambda s: (s[1], s[5], s[4], s[2].split(" ")[0], int(s[3])))}
+            for s in sorted(settings, key=lambda s: (s[1], s[5], s[4], s[2].split(" ")[0], int(s[3]), s[2]))}
 
 
 def figures(runs, name):
