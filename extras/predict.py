@@ -70,12 +70,13 @@ def arguments(argv=None):
     args = parser.parse_intermixed_args(argv)                   # IMAGES may stand after the flags
     if args.test == bool(args.images):
         parser.error("give either images (folders, files, patterns) or --test")
-    to = Path(args.to or "new")
-    if to.is_file() or to.is_dir() and any(to.iterdir()):
-        parser.error(f"{args.to} is not empty: choose another folder with --to, or a new one")
-    inside = [source for source in args.images if to.resolve().is_relative_to(Path(source).resolve())]
-    if args.to and inside:
-        parser.error(f"--to {args.to} is in {inside[0]}, whose images are scored: choose another folder")
+    if args.to:
+        to = Path(args.to)
+        if to.is_file() or to.is_dir() and any(to.iterdir()):
+            parser.error(f"--to {to} is not empty: choose another folder")
+        for source in args.images:
+            if to.resolve().is_relative_to(Path(source).resolve()):
+                parser.error(f"--to {to} is in {source}, whose images are scored: choose another folder")
     return args
 
 
