@@ -22,8 +22,8 @@ def patch_flags(description):
     parser = flags(description, layers=[3, 4])
     parser.add_argument("--aggregate", type=int, choices=range(1, 16, 2), default=5, metavar="P",
                         help="a patch is the mean of P x P positions; 1, 3, 5, ... (default: 5)")
-    parser.add_argument("--top", type=number(float, 0, 1), default=0.1, help="share of an image's patches, "
-                        "the highest, that its score is the mean of; 0: one patch (default: 0.1)")
+    parser.add_argument("--top", type=number(float, 0, 1), default=0.1, help="an image's score is the mean "
+                        "of this share of its highest patches; 0: of one patch (default: 0.1)")
     return parser
 
 
