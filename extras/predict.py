@@ -7,8 +7,8 @@
     python -m extras.predict runs/lungs --test                      # how it decides on the run's test set
 
 Writes scores.csv (path, score, p_value, anomaly, seen: was it in training?), most anomalous first, and
-examples.png, to a new folder below RUN/images. For a run of train_dia.py the first call needs the training data, and keeps what it
-needs of them in RUN/predict.pt; later ones do not.
+examples.png, to a new folder below RUN/images. For a run of train_dia.py the first call needs the training
+data, and keeps what it needs of them in RUN/predict.pt; later ones do not.
 
     from extras.predict import load_run                             # the same from Python
     run = load_run("runs/lungs")
