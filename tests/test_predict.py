@@ -125,6 +125,7 @@ def test_files_folders_and_patterns(one, folder, tmp_path, monkeypatch):
     assert found["dent"] == found["dent-2"] == found["images-2"]
     names = [*(f"dent/{i:03d}.png" for i in range(6)), *(f"good/{i:03d}.png" for i in range(4))]
     assert sorted(found["images"]) == names
+    assert len((one / "images/images/scores.csv").read_text().splitlines()) == 1 + len(names)
     assert "is not empty" in call(predict, one, *words, "--to", one)
     assert "whose images are scored" in call(predict, one, "../dent", "--to", "../dent/new")
     assert "no such file or folder" in call(predict, one, folder / "*.gif")
