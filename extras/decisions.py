@@ -54,7 +54,7 @@ def threshold(calibration, fpr):
     n = len(calibration)
     if impossible(n, fpr):
         return None
-    return float(np.sort(calibration)[n - math.floor(fpr * (n + 1) + 1e-9)])
+    return float(np.sort(calibration)[n - round(expected_rate(fpr, n) * (n + 1))])
 
 
 def columns_of(p, fpr, n):

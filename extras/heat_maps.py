@@ -10,7 +10,7 @@ from scipy import ndimage
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 from torchvision.transforms.functional import gaussian_blur
 
-from dia_lib import decode
+from dia_lib import decode, to_channels
 
 
 def heat_map(scores, size):
@@ -41,9 +41,13 @@ def colours(maps):
     return {"low": float(values[0]), "high": float(2 * values[1] - values[0])}
 
 
-def overlay(image, heat, low, high):
-    """The image (3, H, W) in [0, 1], reddened where heat (H, W) is above `low`, most from `high` on."""
-    heat = ((heat - low) / max(high - low, 1e-12)).clamp(0, 1)
+def overlay(image, scores, low, high):
+    """The image (C, H, W) in [0, 1] as RGB, reddened where it is above `low`, most from `high` on.
+
+    scores: of its patches (P,), as for heat_map.
+    """
+    image = to_channels(image[None], 3)[0]
+    heat = ((heat_map(scores, image.shape[1:]) - low) / max(high - low, 1e-12)).clamp(0, 1)
     red = torch.stack([heat, torch.zeros_like(heat), torch.zeros_like(heat)])
     return image * (1 - 0.6 * heat) + 0.6 * red
 

@@ -43,8 +43,7 @@ def local_fit(encoder, images, device, batch=96, most=50_000):
 def local_maps(known, encoder, images, device, batch=96):
     """1 - cosine to the nearest position of any training image: (Q, P). Higher = more anomalous.
 
-    known: of local_fit; images: (Q, C', H, W) uint8. Not in the paper: the nearest neighbour of PatchCore
-    (Roth et al. 2022, arXiv:2106.08265) on features of an encoder trained here.
+    known: of local_fit; images: (Q, C', H, W) uint8.
     """
     maps, known = [], known.to(device)
     for part in images.split(batch):

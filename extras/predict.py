@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from dia_lib import (
     SUFFIXES, Item, csi_parts, decode, embed, load_checkpoint, load_encoder, make_parser, name_in,
-    number, pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, to_channels, whole,
+    number, pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, whole,
 )
 from evaluate import auroc_interval, data_of, remembered, training_stats, weights_of
 from extras.decisions import columns_of, decisions, impossible, p_values, threshold
@@ -98,11 +98,13 @@ def files_of(sources):
             raise SystemExit(f"{source}: no such file or folder.")
         files = []
         for match in map(Path, matches):
-            below = scans(match) if match.is_dir() else [match]
-            if not match.is_dir() and str(match) != path:                           # what a pattern found
-                below = [match] if match.suffix.lower() in SUFFIXES or is_dicom(match) else []
-            listed = match.rglob("*") if match.is_dir() else [match]
-            listed = [f for f in listed if f.is_file() and f.name[0] != "."]
+            if match.is_dir():
+                below = scans(match)
+                listed = [f for f in match.rglob("*") if f.is_file() and f.name[0] != "."]
+            else:                                           # what is named is read, or says why it cannot be
+                named = str(match) == path
+                below = [match] if named or match.suffix.lower() in SUFFIXES or is_dicom(match) else []
+                listed = [match]
             files, other, folders = files + below, other + len({*listed} - {*below}), [*folders, match]
         if not files:
             raise SystemExit(f"{source}: no image below it; looked for {READ}; {LEFT}.")
@@ -163,10 +165,14 @@ class Run:
     """A trained run, ready to score images; of load_run. Safe to use from several threads."""
     out: Path               # the run's folder
     settings: dict          # of its training
-    size: int               # side of the images that it takes
     measure: Callable       # images (n, C, size, size) uint8, scores, maps -> {score: (n,)}, (n, P) if maps
     known: dict             # calibration {score: (n,)}; low, high: of heat maps; digests of what it has seen
     batch: int = 96
+
+    @property
+    def size(self):
+        """Side of the images that it takes."""
+        return size_of(self.settings)
 
     @property
     def scores(self):
@@ -254,22 +260,26 @@ def load_run(out, device="auto", passes=10, batch=96, data=None):
     makes its predict.pt from them.  Exits where a file is missing or not what it should be.
     """
     out, device = Path(out), pick_device(device)
-    method, settings = method_of(out)
+    method, state = method_of(out)
     if method == "dia":
-        return dia_run(out, device, passes, batch, data)
-    known = load_checkpoint(out / "predict.pt", "predict", "cpu")
-    score = import_module(f"weakly_supervised.{method}").restore(settings, known["state"], device)
+        return dia_run(out, state, device, passes, batch, data)
+    score = import_module(f"weakly_supervised.{method}").restore(state["settings"], state["state"], device)
 
     def measure(images, scores, maps):
         found, grid = score(images)
         return dict.fromkeys(scores, found), grid
-    return Run(out, settings, settings["side"], measure, known, batch)
+    return Run(out, state["settings"], measure, state, batch)
+
+
+def size_of(settings):
+    """Side of the images that a run takes: what they were read at, where its backbone sees another size."""
+    return settings.get("side", settings["image_size"])
 
 
 def method_of(out):
-    """Which method left a run in a folder, "dia" or one of weakly_supervised, and its settings."""
+    """Which method left a run in a folder, "dia" or one of weakly_supervised; its dia.pt or predict.pt."""
     if (out / "dia.pt").exists() or not out.is_dir():
-        return "dia", load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"]
+        return "dia", load_checkpoint(out / "dia.pt", "dia", "cpu")
     several = sorted(path.parent.name for path in out.glob("shots-*/predict.pt"))
     if several and not (out / "predict.pt").exists():
         raise SystemExit(f"{out} has several runs: give one of its folders {', '.join(several)}.")
@@ -277,17 +287,20 @@ def method_of(out):
         raise SystemExit(f"{out} has no predict.pt: the run is of an earlier version. Run its command again, "
                          "that of dra and ckaad with --resume.")
     name = "predict" if (out / "predict.pt").exists() else "dia"
-    settings = load_checkpoint(out / f"{name}.pt", name, "cpu")["settings"]
-    if "method" not in settings:
+    state = load_checkpoint(out / f"{name}.pt", name, "cpu")
+    if "method" not in state["settings"]:
         raise SystemExit(f"{out} has no dia.pt, which its predict.pt was made for.")
-    return settings["method"], settings
+    return state["settings"]["method"], state
 
 
-def dia_run(out, device, passes, batch, data):
+def key_of(state, passes):
+    """What the predict.pt of a dia.pt's state was made with."""
+    return {"weights": weights_of(state), "passes": passes, "maps": "local"}
+
+
+def dia_run(out, state, device, passes, batch, data):
     """The Run of a dia.pt; RUN/predict.pt is made where it is missing, or of another checkpoint or passes."""
-    state = load_checkpoint(out / "dia.pt", "dia", device)
-    settings, encoder = state["settings"], load_encoder(state, device)
-    key = {"weights": weights_of(state), "passes": passes, "maps": "local"}
+    settings, encoder, key = state["settings"], load_encoder(state, device), key_of(state, passes)
     known = remembered(out / "predict.pt", "predict", key)
 
     def measure(images, scores, maps):
@@ -305,12 +318,12 @@ def dia_run(out, device, passes, batch, data):
         stats = training_stats(out, state, encoder, data, passes, device, batch)
         known = {**{k: stats[k] for k in ("axis", "w", "v")},
                  **{k: data.digests[k].tolist() for k in ("train", "held")},
-                 "local": local_fit(encoder, data.train, device, batch), "calibration": dict.fromkeys(SCORES)}
-        made = Run(out, settings, settings["image_size"], measure, known, batch)
-        held = made.parts(data.held[data.calibration], maps=True)
-        known |= {"calibration": held[0], **colours(held[1])}
+                 "local": local_fit(encoder, data.train, device, batch)}
+        made = Run(out, settings, measure, known, batch)
+        scores, maps = made.parts(data.held[data.calibration], SCORES, maps=True)
+        known |= {"calibration": scores, **colours(maps)}
         save_checkpoint(out / "predict.pt", "predict", key, known)
-    return Run(out, settings, settings["image_size"], measure, known, batch)
+    return Run(out, settings, measure, known, batch)
 
 
 # ---- The two things that the command does ----------------------------------------------------------------
@@ -334,8 +347,7 @@ def write_map(to, name, grid, picture, low, high):
     """TO/maps/<name>.png, the picture (C, H, W) uint8 reddened, and <name>.npy, its patches' scores."""
     path, side = to / "maps" / name, math.isqrt(len(grid))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = to_channels(picture[None], 3)[0] / 255
-    heat = overlay(image, heat_map(grid, image.shape[1:]), low, high)
+    heat = overlay(picture / 255, grid, low, high)
     Image.fromarray((heat * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(f"{path}.png")
     np.save(f"{path}.npy", grid.view(side, side).numpy())
 
@@ -394,13 +406,13 @@ def score_test(run, data, fpr):
 def main():
     args = arguments()
     out, device, data = Path(args.run), pick_device(args.device), None
-    method, settings = method_of(out)
+    method, state = method_of(out)
+    settings = state["settings"]
     if method != "dia" and (args.test or args.score or args.data or args.normal_class):
         raise SystemExit("--test, --score, --data and --normal-class are for runs of train_dia.py; what "
                          f"{method} decides on its test set is in {out}/metrics.json.")
     if args.images:                                                                         # mistakes first
-        size = settings["image_size"] if method == "dia" else settings["side"]
-        found = load_images(args.images, size, settings.get("window"), once=True)
+        found = load_images(args.images, size_of(settings), settings.get("window"), once=True)
     if args.test or args.data:
         data = data_of(settings, out, ("train", "test")[:1 + args.test], args.data, args.normal_class)
     if args.test and len(set(data.labels.tolist())) != 2:

@@ -24,11 +24,11 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from torchvision.transforms.functional import to_pil_image
 
-from dia_lib import data_name, found, load_checkpoint, make_parser, run, to_channels, whole
-from evaluate import data_of, remembered, weights_of
+from dia_lib import data_name, found, load_checkpoint, make_parser, run, whole
+from evaluate import data_of, remembered
 from extras.decisions import decisions, impossible, p_values
-from extras.heat_maps import heat_map, overlay
-from extras.predict import load_run
+from extras.heat_maps import overlay
+from extras.predict import key_of, load_run
 
 # A run's results. metrics: as in metrics.json. labels, scores, groups: (Q,) arrays, paths: Q names, as in
 # scores.csv. log: rows of log.jsonl. p: (Q,) p-values by n calibration normals, or None. fpr: of decisions.
@@ -61,8 +61,7 @@ def read(out):
         n = (metrics["decision"] or {"calibration_normals": 0})["calibration_normals"]
         p = np.array([float(r["p_value"]) for r in rows]) if n else None
     elif (out / "predict.pt").is_file():
-        weights = weights_of(load_checkpoint(out / "dia.pt", "dia", "cpu"))
-        key = {"weights": weights, "passes": metrics["passes"]}
+        key = key_of(load_checkpoint(out / "dia.pt", "dia", "cpu"), metrics["passes"])
         if known := remembered(out / "predict.pt", "predict", key):
             n = len(known["calibration"]["csi"])
             p = p_values(known["calibration"]["csi"].numpy(), scores) if n else None
@@ -267,9 +266,7 @@ def overlays_of(results, data):
             print(f"note: the page is without heat maps: {error}")
             grids = []
         for grid, pair in zip(grids, tiles.values(), strict=False):
-            image = to_channels(pair[0][None], 3)[0]
-            heat = heat_map(grid, image.shape[-1])
-            pair.append(overlay(image, heat, scorer.known["low"], scorer.known["high"]))
+            pair.append(overlay(pair[0], grid, scorer.known["low"], scorer.known["high"]))
     return {path: [to_pil_image(image) for image in pair] for path, pair in tiles.items()}
 
 

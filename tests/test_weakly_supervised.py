@@ -130,6 +130,9 @@ def test_labels_come_from_the_training_folder_where_it_has_any(tiny, folder, tmp
     printed = capsys.readouterr().out
     assert "3 labelled anomalies of 8 in train, " in printed and "not read" not in printed
     assert "from 1 to 8." in call(wscxr, *args, "--shots", 9, "--out", tmp_path / "d")
+    (root / "train/dent").rename(root / "train/bent")                               # test has none of these
+    assert call(wscxr, *args, "--shots", 2, "--anomaly-class", "bent", "--out", tmp_path / "e") is None
+    assert "other than bent; test has no bent, of all " in capsys.readouterr().out
     path = medmnist(tmp_path / "pneumoniamnist.npz")
     images, labels = (np.load(path)[f"train_{what}"] for what in ("images", "labels"))
     data = dia_lib.load_data(str(path), 28, ("train", "labelled", "test"))

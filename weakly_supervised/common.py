@@ -97,6 +97,7 @@ class Setting:
                              "normal and anomalous.")
 
     def network(self, device, keep):
+        """Load the backbone; keep: feature maps go to the cache."""
         self.device, self.keep = device, keep
         self.backbone = load_backbone(self.args.backbone, self.args.weights, device)
 
@@ -332,8 +333,10 @@ def say(metrics):
         print(f"  at --fpr {fpr:g}, by {n} calibration normals: {'  '.join(rates)}")
         print("  at that threshold F1 {f1_at_fpr:.3f}, accuracy {accuracy_at_fpr:.3f}".format(**metrics))
     if "auroc_all" in metrics:
-        print("  that is of anomalies other than {0}; of {0} {auroc_seen_class:.4f}, of all {auroc_all:.4f}"
-              .format(settings["anomaly_class"], **metrics))
+        group = settings["anomaly_class"]
+        seen = f"of {group} {metrics['auroc_seen_class']:.4f}" if "auroc_seen_class" in metrics else (
+            f"test has no {group}")
+        print(f"  that is of anomalies other than {group}; {seen}, of all {metrics['auroc_all']:.4f}")
     if "pro" in metrics:
         print("  pixels: AUROC {pixel_auroc:.4f}, PRO {pro:.4f}".format(**metrics))
     if metrics["val_auroc"] is not None:
@@ -344,7 +347,7 @@ def pictures(setting, out, scores, maps, test, low, high):
     """examples.png, and with --maps OUT/maps/: heat maps over images. low, high: of `colours`."""
     def pair(i):
         image = to_float(setting.data.test[i:i + 1], 3, "cpu")[0]                               # (3, H, W)
-        return image, overlay(image, heat_map(maps[i], image.shape[-1]), low, high)
+        return image, overlay(image, maps[i], low, high)
 
     order = torch.from_numpy(test[np.argsort(-scores[test], kind="stable")])
     labels, rows = setting.data.labels[order], {}
