@@ -523,11 +523,11 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     """Load a set by name, an npz file in MedMNIST's format, or a folder in MVTec's or ImageFolder's layout.
 
     image_size: pixels of the square that images are brought to; None for the set's own. Arrays of an npz file
-    are never enlarged.  splits: ("train",) reads no test images; without any, Q is 0. "labelled" lists the
-    anomalies beside the training normals, and reads none.  holdout: share of the training normals set
-    aside, by a hash of their pixels; where an npz file has a val split, its normals are set aside instead.
-    The order of training images depends on their pixels alone.  Exits with a sentence where data are not as
-    expected.
+    are never enlarged.  splits: ("train",) reads no test images, ("test",) no others: Q or M is 0 then.
+    "labelled" lists the anomalies beside the training normals, and reads none.  holdout: share of the
+    training normals set aside, by a hash of their pixels; where an npz file has a val split, its normals are
+    set aside instead. The order of training images depends on their pixels alone.  Exits with a sentence
+    where data are not as expected.
     """
     path, defaults = Path(data).expanduser(), {"shift": "rotate", "t_range": [30, 130], "image_size": 224}
     defaults["window"], left_out = None, ""
@@ -536,7 +536,7 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     elif path.suffix == ".npz" or (data in MEDMNIST_MD5 and not path.is_dir()):
         label = normal_label(path, normal_class)                        # asked before anything is downloaded
         items = npz_items(path if path.suffix == ".npz" else medmnist(data), splits, label)
-        native = min(items["train"][0].source.shape[:2])
+        native = min(next(iter(items.values()))[0].source.shape[:2])
         defaults["image_size"], image_size = min(native, 224), min(image_size or 224, native)
     elif path.is_dir():
         items = folder_items(path, splits, normal_class)
@@ -553,9 +553,10 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
                          f"{', '.join(MEDMNIST_MD5)}.")
     size, test = image_size or defaults["image_size"], items.get("test", []) if "test" in splits else []
 
-    train, digests, deep = read_images(items["train"], size)
+    normals = items.get("train", []) if "train" in splits else []
+    train, digests, deep = read_images(normals, size)
     order = np.argsort(digests, kind="stable")
-    train, digests, names = train[order], digests[order], [items["train"][i].name for i in order]
+    train, digests, names = train[order], digests[order], [normals[i].name for i in order]
     if "val" in items:                                                  # all of train trains, as in the paper
         val = items["val"] if holdout else []
         held, held_digests, _ = read_images(val, size)
@@ -564,7 +565,7 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
         n = int((digests < holdout * 2.0 ** 64).sum())
         held, held_digests, train, digests = train[:n], digests[:n], train[n:], digests[n:]
         names = {"train": names[n:], "held": names[:n]}
-    if not len(train):
+    if normals and not len(train):
         raise SystemExit(f"--data {data}: --holdout {holdout} leaves none of {len(order)} images, "
                          f"{len(set(held_digests.tolist()))} of them different, to train on")
     pixels, test_digests, test_deep = read_images(test, size)
@@ -591,8 +592,8 @@ def found(data):
     lines = [f"{data.name}: {data.train.shape[-1]} px, {colours}, {bits}; {len(pairs)} copies between "
              "train and test",
              f"  train: normal {len(data.train):,}; held out {len(data.held):,}, {data.calibration.sum():,} "
-             "of them for calibration",
-             f"  test: {', '.join(tests) or 'no images'}"]
+             "of them for calibration alone"] if M else [f"{data.name}: {data.test.shape[-1]} px, test alone"]
+    lines += [f"  test: {', '.join(tests) or 'no images'}"]
     lines += [f"  not read: {data.left_out}"] if data.left_out else []
     return "\n".join(lines + [f"warning: {doubt}" for doubt in doubts(data, pairs)])
 
@@ -630,7 +631,7 @@ def doubts(data, pairs):
         if narrow and narrow * 10 >= len(images):
             said.append(f"{narrow} {kind} images of 16 bits have fewer than 64 of 256 grey levels each; see "
                         "python -m extras.prepare")
-    if not Q:
+    if not Q or not M:
         return said
     normal, anomalous = data.test[data.labels == 0], data.test[data.labels == 1]
     if not len(normal):
@@ -725,7 +726,7 @@ def npz_items(path, splits, normal):
                              f"{large[0].file_size} bytes: not read.")
         with np.load(path) as file:
             wanted, splits = splits, [s for s in ("train", "test") if s in splits]
-            splits += ["val"] if "val_images" in file else []
+            splits += ["val"] if "val_images" in file and "train" in splits else []
             missing = {f"{s}_{what}" for s in splits for what in ("images", "labels")} - set(file)
             if missing:
                 raise SystemExit(f"{path}: no {', '.join(sorted(missing))}; found {', '.join(file)}. Needed: "
@@ -759,7 +760,8 @@ def npz_items(path, splits, normal):
 def folder_items(root, splits, normal_class, files_of=None):
     """MVTec's or ImageFolder's layout: train/<normal>, test/<normal>, test/<anything else>, nested or not.
 
-    files_of: finds the images below a folder; by default `walk`.
+    Where the test images alone are asked for, and there is no train, --normal-class or a usual name says
+    which are normal.  files_of: finds the images below a folder; by default `walk`.
     """
     def below(folder):
         folders = folder.iterdir() if folder.is_dir() else []
@@ -769,11 +771,13 @@ def folder_items(root, splits, normal_class, files_of=None):
         return [c for c in classes if re.sub(r"^\d+[_-]?", "", c).lower() in ("good", "normal", "ok")]
 
     train, test, files_of = root / "train", root / "test", files_of or walk
-    if not train.is_dir():
+    alone = splits == ("test",) and test.is_dir() and not train.is_dir()
+    if not train.is_dir() and not alone:
         raise SystemExit(f"{root}: no folder train; {TREE}; found {', '.join(below(root)) or 'no folder'}. "
                          "Other layouts: python -m extras.prepare.")
     classes, groups = ([c for c in below(folder) if files_of(folder / c)] for folder in (train, test))
-    normal = usual(classes) if len(classes) > 1 else classes
+    train, classes = (test, groups) if alone else (train, classes)
+    normal = usual(classes) if len(classes) > 1 or alone else classes
     if normal_class:
         normal = [c for c in classes if c == normal_class]
     if normal_class and not normal:
@@ -787,7 +791,9 @@ def folder_items(root, splits, normal_class, files_of=None):
     if alike and normal[0] not in groups:
         raise SystemExit(f"{test}: no folder {normal[0]}, which is the normal class in {train}; found "
                          f"{', '.join(groups)}. Is it {alike[0]}? Give both folders the same name.")
-    items = {"train": [Item(name_in(root, f), 0, "", f) for f in files_of(train / normal[0])]}
+    items = {}
+    if not alone:
+        items["train"] = [Item(name_in(root, f), 0, "", f) for f in files_of(train / normal[0])]
     if "labelled" in splits:
         items["labelled"] = [Item(name_in(root, f), 1, c, f)
                              for c in classes if c != normal[0] for f in files_of(train / c)]
@@ -1016,6 +1022,12 @@ def batch_indices(n, batch, seed, step):
     epoch, position = divmod(step, n // batch)
     order = torch.randperm(n, generator=step_generator("cpu", seed, "epoch", epoch))
     return order[position * batch:(position + 1) * batch]
+
+
+def new_folder(path):
+    """The path, or with -2, -3, ... at its end where it is taken."""
+    taken = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return path if not path.exists() else next(p for p in taken if not p.exists())
 
 
 @contextmanager

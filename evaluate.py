@@ -2,9 +2,11 @@
 
     python evaluate.py                                              # runs/elpv
     python evaluate.py --out runs/elpv runs/elpv-s1 runs/elpv-s2    # each run, and mean +- sd
+    python evaluate.py --out runs/lungs --data other                # a run scored before, on another test/
 
 Writes into each run's folder scores.csv (a row an image), metrics.json, examples.png, and stats.pt (what the
-score needs of the training images). The last line on stdout is `auroc 0.xxxx`, the mean over the runs.
+score needs of the training images); of another set, into a new folder there. The last line on stdout is
+`auroc 0.xxxx`, the mean over the runs.
 """
 
 import csv
@@ -23,8 +25,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_lib import (
     MEDMNIST_MD5, Encoder, K, Log, csi_fit, csi_parts, data_name, embed, found, load_checkpoint, load_data,
-    load_encoder, make_parser, number, pick_device, run, save_checkpoint, save_grid, shared_flags, to_float,
-    whole,
+    load_encoder, make_parser, new_folder, number, pick_device, run, save_checkpoint, save_grid, shared_flags,
+    to_float, whole,
 )
 
 
@@ -53,7 +55,8 @@ def evaluate(out, args, device):
     """Score the test images of one run; write its files; return its metrics."""
     state = load_checkpoint(out / "dia.pt", "dia", device)
     s, encoder = state["settings"], load_encoder(state, device)
-    data = data_of(s, out, data=args.data, normal_class=args.normal_class)
+    stats = remembered(out / "stats.pt", "stats", stats_key(state, args.passes))
+    data, to = data_to_score(s, out, stats, args)
     labels = data.labels.numpy()
     if len(set(labels)) != 2:
         kind = "anomalies" if labels.all() else "normal"
@@ -62,29 +65,64 @@ def evaluate(out, args, device):
     print(f"{out}, dissolve {s['dissolve']}, seed {s['seed']}, step {state['step']} of {s['steps']}; "
           f"{found(data)}", flush=True)
 
-    log = Log(out, "evaluate", math.inf)
-    stats = training_stats(out, state, encoder, data, args.passes, device, args.batch_size)
+    log = Log(to, "evaluate", math.inf)
+    stats = stats or training_stats(out, state, encoder, data, args.passes, device, args.batch_size)
     z, logits = embed(encoder, data.test, s["shift"], args.passes, device, args.batch_size, "test images")
     parts = {name: part.numpy() for name, part in csi_parts(stats, z, logits).items()}    # csi, con, cls, ...
     metrics = {"score": "csi", **measure(labels, parts["csi"], data.groups),
                "parts_auroc": {name: float(roc_auc_score(labels, part)) for name, part in parts.items()},
                "floors_auroc": floors(data, s, device, args.batch_size),
-               "passes": args.passes, "step": state["step"], "settings": s, "seconds": log.seconds()}
+               "passes": args.passes, "step": state["step"], "seconds": log.seconds(),
+               "settings": {**s, "data": args.data or s["data"]}}
+    if to != out:                                                           # another set than the run's own
+        metrics |= {"trained_on": s["data"]}
+        metrics["settings"]["normal_class"] = args.normal_class or s["normal_class"]
 
-    with whole(out / "metrics.json") as temporary:
+    with whole(to / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1))
-    with whole(out / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
+    with whole(to / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
         names = list(parts)[1:]                                             # con, cls, cos, norm
         csv.writer(file).writerows([("path", "group", "label", "score", *names),
                                     *zip(data.paths, data.groups, labels, *parts.values(), strict=True)])
-    examples(out / "examples.png", data, parts["csi"])
+    examples(to / "examples.png", data, parts["csi"])
     log(state["step"], show=False, auroc=metrics["auroc"], passes=args.passes)
     tell(metrics)
     print("  parts: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics["parts_auroc"].items()))
     for name, floor in metrics["floors_auroc"].items():
         print(f"  floor: {name} {floor:.3f}{'' if floor < metrics['auroc'] else '  <- not beaten'}")
-    print(f"  wrote scores.csv, metrics.json, examples.png, stats.pt to {out} in {metrics['seconds']:.0f} s")
+    print(f"  wrote scores.csv, metrics.json, examples.png{', stats.pt' if to == out else ''} to {to} in "
+          f"{metrics['seconds']:.0f} s")
     return metrics
+
+
+def data_to_score(settings, out, stats, args):
+    """The run's own Data and its folder; or, of another set, its test images and a new folder below.
+
+    stats: of the run's training images, which another set needs, or None.
+    """
+    folder, size = Path(args.data or "").expanduser(), settings["image_size"]
+    normal = args.normal_class or settings["normal_class"]
+    test_alone = args.data and folder.is_dir() and not (folder / "train").is_dir()
+    if test_alone and not stats:
+        raise SystemExit(f"{folder} has no train, and {out} no stats.pt of {args.passes} passes: score it "
+                         "on its own data first, without --data.")
+    if not args.data or not stats:
+        return data_of(settings, out, data=args.data, normal_class=args.normal_class), out
+    if not test_alone:
+        data = load_data(args.data, size, ("train", "test"), settings["holdout"], normal)
+        if data.fingerprint == settings["fingerprint"]:
+            return data, out
+    data = load_data(args.data, size, ("test",), normal_class=normal)
+    print(f"note: {data.name} has other training images than {out}, or none: its test images alone are read")
+    if data.test.shape[-1] != size:
+        raise SystemExit(f"{data.name} has images of {data.test.shape[-1]} px; {out} needs {size} px.")
+    windows = data.defaults["window"], settings.get("window")
+    if windows[0] != windows[1]:
+        print("warning: prepared with the window {}, the training images with {}".format(*windows))
+    trained = set(stats["train"].tolist())
+    if copies := sum(digest in trained for digest in data.digests["test"].tolist()):
+        print(f"warning: {copies} of these images were trained on: their scores mean nothing")
+    return data, new_folder(out / data.name)
 
 
 def data_of(settings, out, splits=("train", "test"), data=None, normal_class=None):
@@ -102,13 +140,19 @@ def data_of(settings, out, splits=("train", "test"), data=None, normal_class=Non
 
 def training_stats(out, state, encoder, data, passes, device, batch=96):
     """csi_fit of the training images, from OUT/stats.pt where an earlier call left it for this checkpoint."""
-    path, key = out / "stats.pt", {"weights": weights_of(state), "passes": passes}
+    path, key = out / "stats.pt", stats_key(state, passes)
     stats = remembered(path, "stats", key)
     if stats is None:
         shift = state["settings"]["shift"]
         stats = csi_fit(*embed(encoder, data.train, shift, passes, device, batch, "training images"))
+        stats["train"] = data.digests["train"]
         save_checkpoint(path, "stats", key, stats)
     return stats
+
+
+def stats_key(state, passes):
+    """What a stats.pt was made of. Those of earlier versions have no digests of the images."""
+    return {"weights": weights_of(state), "passes": passes, "digests": True}
 
 
 def weights_of(state):
@@ -161,7 +205,10 @@ def within_groups(labels, scores, groups):
 
 
 def floors(data, settings, device, batch):
-    """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained."""
+    """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained.
+
+    Without training images it is the first alone.
+    """
     def flat(images):                       # at 32 px, divided by the mean (n, 32*32), and the mean (n,)
         side = min(32, images.shape[-1])                                    # smaller ones stay as they are
         grey = (to_float(chunk, 1, "cpu") for chunk in images.split(256))
@@ -169,7 +216,10 @@ def floors(data, settings, device, batch):
         small = small.flatten(1)
         return small / small.mean(1, keepdim=True).clamp(min=1e-6), small.mean(1)
 
-    (test, brightness), (train, _) = flat(data.test), flat(data.train)
+    test, brightness = flat(data.test)
+    if not len(data.train):
+        return {"minus mean brightness": float(roc_auc_score(data.labels, -brightness))}
+    train, _ = flat(data.train)
     nearest = torch.cat([torch.cdist(chunk, train).amin(1) for chunk in test.split(256)])
     torch.manual_seed(settings["seed"])                     # the weights that training began with
     encoder = Encoder(settings["channels"], K, settings["stem"]).to(device, memory_format=torch.channels_last)

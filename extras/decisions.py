@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest
 
 
 def p_values(calibration, scores):
@@ -24,14 +24,25 @@ def expected_rate(fpr, n):
     return math.floor(fpr * (n + 1) + 1e-9) / (n + 1)                       # 0.29 * 100 is 29, not 28.99
 
 
-def decisions(p, labels, fpr, n):
+def highest_rate(fpr, n):
+    """The false-positive rate that 19 of 20 sets of n calibration images stay below.
+
+    With k = floor(fpr (n + 1)), the rate of one set is Beta(k, n + 1 - k); Vovk 2012 (arXiv:1209.2673).
+    """
+    k = round(expected_rate(fpr, n) * (n + 1))
+    return float(beta.ppf(0.95, k, n + 1 - k)) if k else 0.0
+
+
+def decisions(calibration, scores, labels, fpr):
     """What deciding by p <= fpr does on labelled images: rates with exact (Clopper-Pearson) 95% intervals.
 
-    p, labels: (Q,) arrays; n: the number of calibration images; None without any.
+    calibration: (n,), scores, labels: (Q,) arrays.  None without any calibration image.
     """
+    p, n = p_values(calibration, scores), len(calibration)
     if not n:
         return None
-    result = {"fpr": fpr, "calibration_normals": n, "expected_false_positive_rate": expected_rate(fpr, n)}
+    result = {"fpr": fpr, "calibration_normals": n, "threshold": threshold(calibration, fpr),
+              "expected_false_positive_rate": expected_rate(fpr, n)}
     for name, label in (("false_positive_rate", 0), ("sensitivity", 1)):
         found, total = int((p[labels == label] <= fpr).sum()), int((labels == label).sum())
         interval = binomtest(found, total).proportion_ci(method="exact")
@@ -39,14 +50,33 @@ def decisions(p, labels, fpr, n):
     return result
 
 
+def rates_of(decision):
+    """The two rates of `decisions`, and their intervals, in words."""
+    return "  ".join("{} {:.3f} ({:.3f} to {:.3f})".format(
+        name.replace("_", " "), decision[name], *decision[f"{name}_interval_95"])
+        for name in ("false_positive_rate", "sensitivity"))
+
+
 def impossible(n, fpr):
     """Why n calibration images can never give a p-value of at most fpr, or None."""
     if n == 0:
         return "no decisions: no normals were held out for calibration in training (--holdout)"
     if expected_rate(fpr, n) == 0:
-        return (f"no decisions: with {n} calibration normals no p-value is below {1 / (n + 1):.3f}; --fpr "
-                f"{fpr:g} needs {math.ceil(1 / fpr - 1e-9) - 1}: train with more --holdout, or raise --fpr")
+        return (f"no decisions: {n} calibration normals can promise --fpr {math.ceil(1e3 / (n + 1)) / 1e3:g} "
+                f"at best; {fpr:g} needs {math.ceil(1 / fpr - 1e-9) - 1}: train with more --holdout")
     return None
+
+
+def promise(calibration, fpr, left_out=False):
+    """A decision in words: by how many normals, above which score, and how often normals will be called so.
+
+    left_out: some of the calibration scores are leave-one-out.
+    """
+    n, rate = len(calibration), expected_rate(fpr, len(calibration))
+    most = (f"guaranteed at most {2 * rate:.2g}" if left_out else
+            f"in 19 of 20 such runs at most {highest_rate(fpr, n):.2g}")
+    return (f"scores above {threshold(calibration, fpr):.6g}, by {n} calibration normals; of new normals "
+            f"{rate:.2g} on average, {most}")
 
 
 def threshold(calibration, fpr):

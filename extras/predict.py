@@ -21,7 +21,6 @@ if __name__ == "__main__" and not __package__:
 
 import csv
 import glob
-import itertools
 import json
 import math
 import os
@@ -37,10 +36,10 @@ from tqdm import tqdm
 
 from dia_lib import (
     SUFFIXES, Item, csi_parts, decode, embed, load_checkpoint, load_encoder, make_parser, name_in,
-    number, pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, whole,
+    new_folder, number, pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, whole,
 )
 from evaluate import auroc_interval, data_of, remembered, training_stats, weights_of
-from extras.decisions import columns_of, decisions, impossible, p_values, threshold
+from extras.decisions import columns_of, decisions, impossible, p_values, promise, rates_of
 from extras.heat_maps import colours, heat_map, overlay
 from extras.local import local_fit, local_maps
 from extras.prepare import LEFT, READ, is_dicom, look, page_of, scans, to_8_bit
@@ -115,26 +114,24 @@ def files_of(sources):
     return found, folders[0] if alone else Path(os.path.commonpath([f.parent for f in found]))
 
 
-def load_images(sources, size, window=None, once=False):
-    """All images and scans of folders, files and patterns, of any format and size. No copy is kept on disk.
+def load_images(sources, size, window=None):
+    """All images and scans of folders, files and patterns, of any format and size: (n, C, size, size) uint8.
 
     sources: a path or several.  window: (low, high) that the run's set was prepared with,
-    `settings["window"]`; new scans get the same.  once: a file that several sources name counts once.
-    Returns images (n, C, size, size) uint8, n names, digests (n,) int64 of their pixels, as in Data.digests,
-    and the n files. Exits where there is none.
+    `settings["window"]`; new scans get the same.  Exits where there is none, or one cannot be read.
     """
-    files, root = files_of(sources)
-    files = list(dict.fromkeys(files)) if once else files
-    deep = [f for f in files if f.suffix.lower() not in SUFFIXES]
-    items = [Item(name_in(root, f), 0, "", source_of(f, window)) for f in files]
+    return pixels_of(files_of(sources)[0], size, window)[0]
+
+
+def pixels_of(files, size, window):
+    """Images (n, C, size, size) uint8 of files, their digests (n,) int64, how many have more than 8 bits.
+
+    Digests are as in Data.digests.  No copy is kept on disk.
+    """
+    deep = sum(f.suffix.lower() not in SUFFIXES for f in files)
+    items = [Item("", 0, "", source_of(f, window)) for f in files]
     pixels, digests, deeper = read_images(items, size, window)
-    if window and len(deep) + len(deeper) < len(files):
-        print("note: some have 8 bits; the run's images were made of values {:g} to {:g}".format(*window))
-    names = [item.name for item in items]
-    if len(set(names)) < len(set(files)):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise SystemExit(f"{root}: two files would both be called {twice}: rename one.")
-    return torch.from_numpy(pixels), names, torch.from_numpy(digests.view(np.int64)), files
+    return torch.from_numpy(pixels), digests.view(np.int64), deep + len(deeper)
 
 
 def source_of(path, window):
@@ -212,7 +209,7 @@ class Run:
             return torch.empty(0, 1, size, size, dtype=torch.uint8)
         paths = [isinstance(image, str | os.PathLike) for image in source]
         if all(paths):
-            return load_images(source, size, window)[0]
+            return load_images(source, size, window)
         if any(paths):
             raise ValueError("a list has paths, or pictures and arrays, not both")
         for image in source:
@@ -295,7 +292,18 @@ def method_of(out):
 
 def key_of(state, passes):
     """What the predict.pt of a dia.pt's state was made with."""
-    return {"weights": weights_of(state), "passes": passes, "maps": "local"}
+    return {"weights": weights_of(state), "passes": passes, "held": "all"}
+
+
+def calibrated(known, out):
+    """What a predict.pt of train_dia.py holds, and {score: (n,)} of the held-out normals that calibrate.
+
+    These are all, or, where extras.choose has looked at the run, the half that it left alone.
+    """
+    log = out / "log.jsonl"
+    chosen = log.exists() and '"stage": "choose"' in log.read_text()
+    mine = known["calibration_half"] if chosen else slice(None)
+    return known | {"calibration": {score: values[mine] for score, values in known["held_scores"].items()}}
 
 
 def dia_run(out, state, device, passes, batch, data):
@@ -320,27 +328,24 @@ def dia_run(out, state, device, passes, batch, data):
                  **{k: data.digests[k].tolist() for k in ("train", "held")},
                  "local": local_fit(encoder, data.train, device, batch)}
         made = Run(out, settings, measure, known, batch)
-        scores, maps = made.parts(data.held[data.calibration], SCORES, maps=True)
-        known |= {"calibration": scores, **colours(maps)}
+        scores, maps = made.parts(data.held, SCORES, maps=True)
+        known |= {"held_scores": scores, "calibration_half": data.calibration, **colours(maps)}
         save_checkpoint(out / "predict.pt", "predict", key, known)
-    return Run(out, settings, measure, known, batch)
+    return Run(out, settings, measure, calibrated(known, out), batch)
 
 
 # ---- The two things that the command does ----------------------------------------------------------------
 
 
-def examples(path, images, order):
-    """The most anomalous images, the next ones and the least anomalous, eight a row, as one picture."""
-    picked = {"highest scores": order[:8], "next": order[8:16], "lowest": order[16:][-8:]}
-    picked = {name: row.tolist() for name, row in picked.items() if len(row)}
-    rows = [[images[i] / 255 for i in row] + [None] * (8 - len(row)) for row in picked.values()]
-    save_grid(path, rows, [], max(1, 128 // images.shape[-1]), list(picked))
+def examples(path, run, files):
+    """The most anomalous files, the next ones and the least anomalous, eight a row, as one picture.
 
-
-def new_folder(path):
-    """The path, or with -2, -3, ... at its end where it is taken."""
-    taken = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
-    return path if not path.exists() else next(p for p in taken if not p.exists())
+    files: the most anomalous first.
+    """
+    picked = {"highest scores": files[:8], "next": files[8:16], "lowest": files[16:][-8:]}
+    picked = {name: row for name, row in picked.items() if row}
+    rows = [[*(run.images(row) / 255)] + [None] * (8 - len(row)) for row in picked.values()]
+    save_grid(path, rows, [], max(1, 128 // run.size), list(picked))
 
 
 def write_map(to, name, grid, picture, low, high):
@@ -352,34 +357,53 @@ def write_map(to, name, grid, picture, low, high):
     np.save(f"{path}.npy", grid.view(side, side).numpy())
 
 
-def score_images(run, images, names, digests, files, score, fpr, maps, to):
-    """Score the images of load_images; write scores.csv, examples.png and with maps TO/maps to a folder."""
-    found, grids = run.parts(images, (score,), maps, "images")
-    scores, calibration = found[score], run.known["calibration"][score].numpy()
+def read_once(sources, size, window, batch):
+    """The files of `sources`, each once, their names, and digests of their pixels: all can be read, then."""
+    files, root = files_of(sources)
+    files = list(dict.fromkeys(files))
+    names = [name_in(root, f) for f in files]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SystemExit(f"{root}: two files would both be called {twice}: rename one.")
+    digests, deep = [], 0
+    for i in tqdm(range(0, len(files), batch), "first look", unit="batch", leave=False, disable=None):
+        _, found, deeper = pixels_of(files[i:i + batch], size, window)
+        digests, deep = digests + found.tolist(), deep + deeper
+    if window and deep < len(files):
+        print("note: some have 8 bits; the run's images were made of values {:g} to {:g}".format(*window))
+    return files, names, digests
+
+
+def score_images(run, files, names, digests, score, fpr, maps, to):
+    """Score the files of read_once; write scores.csv, examples.png and with maps TO/maps to a folder."""
+    window, colour, scores = run.settings.get("window"), (run.known["low"], run.known["high"]), []
+    to.mkdir(parents=True, exist_ok=True)
+    for i in tqdm(range(0, len(files), run.batch), "images", unit="batch", leave=False, disable=None):
+        part = files[i:i + run.batch]
+        found, grids = run.parts(pixels_of(part, run.size, window)[0], (score,), maps)
+        scores.append(found[score])
+        for file, name, grid in zip(part, names[i:], grids, strict=False):
+            picture = decode(source_of(file, window), None, window)[0]
+            write_map(to, name, grid, torch.tensor(picture), *colour)
+    scores, calibration = torch.cat(scores), run.known["calibration"][score].numpy()
     p, n = run.p_values(scores.numpy(), score), len(calibration)
-    order = scores.argsort(descending=True, stable=True)
+    order = scores.argsort(descending=True, stable=True).tolist()
     words = {"held": "held out", "labelled": "labelled", "train": "training"}
     known = {digest: word for part, word in words.items() for digest in run.known.get(part, ())}
-    seen = [known.get(digest, "") for digest in digests.tolist()]
+    seen = [known.get(digest, "") for digest in digests]
     rows = list(zip(names, scores.tolist(), *columns_of(p, fpr, n), seen, strict=True))
-    to.mkdir(parents=True, exist_ok=True)
-    examples(to / "examples.png", images, order)
-    if maps:
-        window, colour = run.settings.get("window"), (run.known["low"], run.known["high"])
-        for i, file in enumerate(tqdm(files, "heat maps", unit="image", leave=False, disable=None)):
-            picture = decode(source_of(file, window), None, window)[0]
-            write_map(to, names[i], grids[i], torch.tensor(picture), *colour)
+    examples(to / "examples.png", run, [files[i] for i in order])
     with whole(to / "scores.csv") as temporary, open(temporary, "w", newline="") as file:   # the last of all
         csv.writer(file).writerows([("path", "score", "p_value", "anomaly", "seen"),
-                                    *(rows[i] for i in order.tolist())])
+                                    *(rows[i] for i in order)])
     if trained := seen.count("training"):
         print(f"note: {trained} of these images were trained on (column `seen`): their scores are too low")
     if labelled := seen.count("labelled"):
         print(f"note: {labelled} of these images were labelled anomalies in training: their scores are too "
               "high")
-    decided = impossible(n, fpr) or (
-        f"{int((p <= fpr).sum())} anomalies at --fpr {fpr:g}, by {n} calibration normals (scores above "
-        f"{threshold(calibration, fpr):.6g})")
+    left_out = run.known.get("left_out", False)
+    decided = impossible(n, fpr) or (f"{int((p <= fpr).sum())} anomalies at --fpr {fpr:g} "
+                                     f"({promise(calibration, fpr, left_out)})")
     wrote = ", ".join(["scores.csv", "examples.png", *["maps/"] * maps])
     print(f"{len(names)} images: {decided}; wrote {wrote} to {to}")
 
@@ -391,13 +415,10 @@ def score_test(run, data, fpr):
           + (impossible(n, fpr) or f"deciding at --fpr {fpr:g}, by {n} calibration normals"))
     for score, values in run.parts(data.test, name="test images")[0].items():
         auroc, interval = auroc_interval(labels, values.numpy())
-        d = decisions(run.p_values(values.numpy(), score), labels, fpr, n)
-        limit = threshold(run.known["calibration"][score].numpy(), fpr)
-        result[score] = {"auroc": auroc, "auroc_interval_95": interval, "decision": d, "threshold": limit}
-        rates = [] if impossible(n, fpr) else [
-            f"{name.replace('_', ' ')} {d[name]:.3f} ({{:.3f}} to {{:.3f}})".format(*d[f"{name}_interval_95"])
-            for name in ("false_positive_rate", "sensitivity")]
-        print("  ".join([f"  {score:5s} AUROC {auroc:.4f}", *rates]))
+        decision = decisions(run.known["calibration"][score].numpy(), values.numpy(), labels, fpr)
+        result[score] = {"auroc": auroc, "auroc_interval_95": interval, "decision": decision}
+        rates = "" if impossible(n, fpr) else f"  {rates_of(decision)}  threshold {decision['threshold']:.6g}"
+        print(f"  {score:5s} AUROC {auroc:.4f}{rates}")
     with whole(run.out / "decisions.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
     print(f"wrote decisions.json to {run.out}")
@@ -412,7 +433,7 @@ def main():
         raise SystemExit("--test, --score, --data and --normal-class are for runs of train_dia.py; what "
                          f"{method} decides on its test set is in {out}/metrics.json.")
     if args.images:                                                                         # mistakes first
-        found = load_images(args.images, size_of(settings), settings.get("window"), once=True)
+        found = read_once(args.images, size_of(settings), settings.get("window"), args.batch_size)
     if args.test or args.data:
         data = data_of(settings, out, ("train", "test")[:1 + args.test], args.data, args.normal_class)
     if args.test and len(set(data.labels.tolist())) != 2:

@@ -24,15 +24,15 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from torchvision.transforms.functional import to_pil_image
 
-from dia_lib import data_name, found, load_checkpoint, make_parser, run, whole
+from dia_lib import data_name, found, load_checkpoint, load_data, make_parser, run, whole
 from evaluate import data_of, remembered
 from extras.decisions import decisions, impossible, p_values
 from extras.heat_maps import overlay
-from extras.predict import key_of, load_run
+from extras.predict import calibrated, key_of, load_run
 
 # A run's results. metrics: as in metrics.json. labels, scores, groups: (Q,) arrays, paths: Q names, as in
 # scores.csv. log: rows of log.jsonl. p: (Q,) p-values by n calibration normals, or None. fpr: of decisions.
-Results = namedtuple("Results", "out metrics paths labels scores groups log p n fpr")
+Results = namedtuple("Results", "out metrics paths labels scores groups log p n fpr decision")
 WORDS = ("normal", "anomaly")
 
 
@@ -53,19 +53,20 @@ def read(out):
             raise ValueError
         lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").is_file() else []
         log = [json.loads(line) for line in lines if line.endswith("\n")]       # the last may be torn
-        fpr, p, n = metrics["settings"].get("fpr", 0.05), None, None
+        fpr, p, n, decision = metrics["settings"].get("fpr", 0.05), None, None, metrics.get("decision")
     except (ValueError, KeyError, TypeError):
         raise SystemExit(f"{out}: metrics.json, scores.csv or log.jsonl is damaged, or they are of different "
                          "runs. Score it again.") from None
     if "decision" in metrics:                                                   # of weakly_supervised
-        n = (metrics["decision"] or {"calibration_normals": 0})["calibration_normals"]
+        n = (decision or {"calibration_normals": 0})["calibration_normals"]
         p = np.array([float(r["p_value"]) for r in rows]) if n else None
     elif (out / "predict.pt").is_file():
         key = key_of(load_checkpoint(out / "dia.pt", "dia", "cpu"), metrics["passes"])
         if known := remembered(out / "predict.pt", "predict", key):
-            n = len(known["calibration"]["csi"])
-            p = p_values(known["calibration"]["csi"].numpy(), scores) if n else None
-    return Results(out, metrics, paths, labels, scores, groups, log, p, n, fpr)
+            calibration = calibrated(known, out)["calibration"]["csi"].numpy()
+            n, decision = len(calibration), decisions(calibration, scores, labels, fpr)
+            p = p_values(calibration, scores) if n else None
+    return Results(out, metrics, paths, labels, scores, groups, log, p, n, fpr, decision)
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------
@@ -228,16 +229,19 @@ def groups_table(results):
 
 def decision_table(results):
     """What deciding by p <= fpr did, as in extras.predict; or why there is no decision."""
+    if "trained_on" in results.metrics:
+        return paragraph("None are made for another set than the run's own.")
     if results.n is None:
         return paragraph(f"None yet: python -m extras.predict {results.out} --test makes them.")
     if said := impossible(results.n, results.fpr):
         return paragraph(f"There are {said}.")
-    d = results.metrics.get("decision") or decisions(results.p, results.labels, results.fpr, results.n)
+    d = results.decision
     rates = [(k.replace("_", " "), f"{d[k]:.3f}", "{:.3f} to {:.3f}".format(*d[f"{k}_interval_95"]))
              for k in ("false_positive_rate", "sensitivity")]
     expected = d["expected_false_positive_rate"]
+    above = f", which are scores above {d['threshold']:.6g}" if "threshold" in d else ""
     said = (f"An image is called an anomaly where p is at most {d['fpr']:g}, by {results.n:,} calibration "
-            f"normals. The false positive rate should be {expected:.3f} on average.")
+            f"normals{above}. The false positive rate should be {expected:.3f} on average.")
     if d["false_positive_rate_interval_95"][0] > expected:
         said += " It is higher: the test normals may be unlike those that were held out."
     return paragraph(said) + table(rates, ("", "rate", "95% interval"))
@@ -338,7 +342,11 @@ def report(out, where=None):
     labels, scores, settings = results.labels, results.scores, results.metrics["settings"]
     try:
         splits = ("train", "test", *["labelled"] * ("method" in settings))
-        data = data_of(settings, out, splits, where)
+        if "trained_on" in results.metrics:                                 # another set than the run's own
+            data = load_data(where or settings["data"], settings["image_size"], ("test",),
+                             normal_class=settings["normal_class"])
+        else:
+            data = data_of(settings, out, splits, where)
         if not set(results.paths) <= set(data.paths):
             raise SystemExit(f"{data.name} has other test images now.")
     except (SystemExit, OSError) as error:

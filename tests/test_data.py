@@ -459,7 +459,7 @@ def test_what_is_found_is_said_line_by_line(tree, tmp_path):
     first, train, test = lines(tree())
     n = int(re.search(r"held out (\d+)", train)[1])
     assert first == "set: 16 px, grey, 8-bit; 0 copies between train and test" and 0 < n < 15
-    assert train.startswith(f"  train: normal {30 - n}; held out {n}, ") and train.endswith("for calibration")
+    assert train.startswith(f"  train: normal {30 - n}; held out {n}, ") and train.endswith("alone")
     assert test == "  test: normal good 8, anomalous bad 4"
     for split in ("train", "test"):
         (tmp_path / "set" / split / "good").rename(tmp_path / "set" / split / "normal")

@@ -67,15 +67,30 @@ def test_too_few_calibration_images_are_said_and_decide_nothing():
 
 
 def test_decisions_have_exact_intervals():
-    p, labels = np.array([0.01, 0.5, 0.6, 0.05, 0.02, 0.9]), np.array([0, 0, 0, 1, 1, 1])
-    found = decisions.decisions(p, labels, 0.05, 59)
-    assert found["expected_false_positive_rate"] == 3 / 60
+    calibration, labels = np.arange(59), np.array([0, 0, 0, 1, 1, 1])
+    scores = np.array([58.5, 29.5, 23.5, 56.5, 57.5, 5.5])                      # p: 1, 30, 36, 3, 2, 54 of 60
+    found = decisions.decisions(calibration, scores, labels, 0.05)
+    assert found["expected_false_positive_rate"] == 3 / 60 and found["threshold"] == 56
     assert decisions.expected_rate(0.29, 99) == 0.29                            # 0.29 * 100 is 29, not 28.99
     assert found["false_positive_rate"] == 1 / 3 and found["sensitivity"] == 2 / 3
     exact = [beta.ppf(0.025, 1, 3), beta.ppf(0.975, 2, 2)]
     assert found["false_positive_rate_interval_95"] == pytest.approx(exact)
-    assert decisions.decisions(p, labels, 0.01, 59)["expected_false_positive_rate"] == 0
-    assert decisions.decisions(p, labels, 0.1, 0) is None
+    assert decisions.rates_of(found).startswith("false positive rate 0.333 (0.008 to 0.906)  sensitivity ")
+    none = decisions.decisions(calibration, scores, labels, 0.01)
+    assert none["expected_false_positive_rate"] == 0 and none["threshold"] is None
+    assert decisions.decisions(np.empty(0), scores, labels, 0.1) is None
+
+
+def test_the_highest_rate_is_kept_by_19_of_20_sets_of_calibration_images():
+    """n = 60 uniform scores: the rate of a set is the share above its threshold. Beta's 95% point."""
+    rng, found = np.random.default_rng(0), decisions.highest_rate(0.05, 60)
+    rates = np.array([1 - decisions.threshold(rng.uniform(size=60), 0.05) for _ in range(4000)])
+    assert (rates <= found).mean() == pytest.approx(0.95, abs=0.014)            # four standard errors
+    assert rates.mean() == pytest.approx(3 / 61, abs=0.002) and decisions.highest_rate(0.05, 18) == 0
+    said = decisions.promise(np.arange(60), 0.05)
+    assert said == ("scores above 57, by 60 calibration normals; of new normals 0.049 on average, in "
+                    "19 of 20 such runs at most 0.1")
+    assert decisions.promise(np.arange(60), 0.05, True).endswith("0.049 on average, guaranteed at most 0.098")
 
 
 # ---- Images of one's own ---------------------------------------------------------------------------------
@@ -119,11 +134,11 @@ def test_own_images_are_scored_without_labels_and_without_the_training_data(scor
     to = out / "images/scans-2"                                             # of the second call
     rows = table(to / "scores.csv")
     assert rows == table(out / "images/scans/scores.csv")
-    n = len(dia_lib.load_checkpoint(out / "predict.pt", "predict", "cpu")["calibration"]["csi"])
+    n = len(dia_lib.load_checkpoint(out / "predict.pt", "predict", "cpu")["held_scores"]["csi"])
     assert "note: 1 other files" in printed and "note: 1 of these images were trained on" in printed
     anomalies = sum(r["anomaly"] == "1" for r in rows)
-    words = re.fullmatch(f"5 images: {anomalies} anomalies at --fpr 0.4, by {n} calibration normals "
-                         rf"\(scores above (.*)\); wrote scores.csv, examples.png to {to}",
+    words = re.fullmatch(f"5 images: {anomalies} anomalies at --fpr 0.4 \\(scores above (.*), by {n} "
+                         rf"calibration normals; of new .*\); wrote scores.csv, examples.png to {to}",
                          printed.splitlines()[-1])
     assert [float(r["score"]) > float(words[1]) for r in rows] == [r["anomaly"] == "1" for r in rows]
     assert list(rows[0]) == ["path", "score", "p_value", "anomaly", "seen"]
@@ -147,7 +162,8 @@ def test_above_the_threshold_is_the_same_as_a_small_p_value(n, fpr):
 
 def test_too_few_calibration_images_leave_the_column_anomaly_empty(scored, scans, tmp_path, capsys):
     assert call(predict, scored[0], scans, "--passes", 2, "--to", tmp_path) is None     # --fpr 0.05
-    assert "5 images: no decisions: with" in capsys.readouterr().out
+    said = "5 images: no decisions: 13 calibration normals can promise --fpr 0.072 at best; 0.05 needs 19"
+    assert said in capsys.readouterr().out
     rows = table(tmp_path / "scores.csv")
     assert {r["anomaly"] for r in rows} == {""} and all(0 < float(r["p_value"]) <= 1 for r in rows)
 
@@ -158,7 +174,7 @@ def test_command_and_python_give_the_same_by_every_score(score, scored, scans, t
     assert call(predict, out, "--passes", 2, "--score", score, scans, "--to", tmp_path) is None
     rows = {r["path"]: r for r in table(tmp_path / "scores.csv")}
     run = predict.load_run(out, passes=2)
-    images, paths, *_ = predict.load_images(scans, 40)
+    images, paths = predict.load_images(scans, 40), predict.read_once(scans, 40, None, 2)[1]
     scores, p = run.score(images, score)
     assert np.allclose(scores, [float(rows[path]["score"]) for path in paths], atol=1e-4)
     assert np.allclose(p, [float(rows[path]["p_value"]) for path in paths], atol=1e-5)
@@ -170,7 +186,8 @@ def test_command_and_python_give_the_same_by_every_score(score, scored, scans, t
 def test_scores_are_those_of_evaluate_for_the_same_images(scored, folder):
     """csi and cos of the test images, read as images of one's own, are the columns of scores.csv."""
     run = predict.load_run(scored[0], passes=2)
-    images, paths, *_ = predict.load_images(folder / "test", 40)
+    images, paths = (f(folder / "test", 40, *more) for f, more in (
+        (predict.load_images, []), (lambda *words: predict.read_once(*words)[1], [None, 7])))
     rows = {r["path"]: r for r in table(scored[0] / "scores.csv")}
     for score, column in (("csi", "score"), ("cos", "cos")):
         expected = [float(rows[f"test/{path}"][column]) for path in paths]
@@ -191,12 +208,16 @@ def test_heat_maps_of_own_images(scored, scans, tmp_path):
     assert (tmp_path / "scores.csv").exists() and "low" in run.known and run.known["low"] < run.known["high"]
 
 
-def test_calibration_is_the_half_that_nothing_was_chosen_by(scored, folder):
-    run, data = predict.load_run(scored[0], passes=2), load_data(str(folder), 40, ("train",), 0.3)
-    mine = data.held[data.calibration]
-    assert 0 < len(mine) < len(data.held)
-    for score in predict.SCORES:
-        assert np.allclose(run.score(mine, score)[0], run.known["calibration"][score], atol=0.02)
+def test_held_out_normals_calibrate_but_for_those_that_something_was_chosen_by(scored, folder, tmp_path):
+    data = load_data(str(folder), 40, ("train",), 0.3)
+    shutil.copytree(scored[0], tmp_path / "run")
+    assert 0 < data.calibration.sum() < len(data.held)
+    for mine, chosen in ((data.held, False), (data.held[data.calibration], True)):
+        if chosen:
+            dia_lib.Log(tmp_path / "run", "choose", math.inf)(1, show=False)
+        run = predict.load_run(tmp_path / "run", passes=2)
+        for score in predict.SCORES:
+            assert np.allclose(run.score(mine, score)[0], run.known["calibration"][score], atol=0.02)
     assert run.known["train"] == data.digests["train"].tolist()
     assert run.known["held"] == data.digests["held"].tolist()
 
@@ -206,7 +227,7 @@ def test_predict_pt_is_made_again_for_another_checkpoint_other_passes_or_a_broke
         run = predict.load_run(own_chain, "cpu", passes)
         return run, run.score(images)[0]
 
-    images, *_ = predict.load_images(folder / "test", 40)
+    images = predict.load_images(folder / "test", 40)
     _, first = scores()
     path = own_chain / "predict.pt"
     before = path.stat().st_mtime_ns
@@ -261,14 +282,14 @@ def test_test_set_gives_auroc_and_decisions_of_every_score(scored, folder, capsy
     data = load_data(str(folder), 40, holdout=0.3)
     labels = data.labels.numpy()
     for score, found in result.items():
-        scores, p = run.score(data.test, score)
+        scores = run.score(data.test, score)[0]
         assert found["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=0.02)
-        n = len(run.known["calibration"][score])
-        assert found["decision"] == decisions.decisions(p, labels, 0.4, n)
+        calibration = run.known["calibration"][score].numpy()
+        assert found["decision"] == decisions.decisions(calibration, scores, labels, 0.4)
         assert f"{score:5s} AUROC {found['auroc']:.4f}  false positive rate" in printed
     assert call(predict, out, "--test", "--passes", 2) is None                          # --fpr 0.05
     printed = capsys.readouterr().out
-    assert "no decisions: with" in printed and "false positive rate" not in printed
+    assert "no decisions: 13" in printed and "false positive rate" not in printed
 
 
 @pytest.fixture(scope="module")

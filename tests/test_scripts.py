@@ -419,6 +419,35 @@ def test_wrong_checkpoints(chain, tmp_path):
     assert "other images" in call(evaluate, "--out", chain, "--data", other)
 
 
+def test_a_run_is_scored_on_another_test_set(own_chain, folder, tmp_path, capsys):
+    """Of which it needs test/ alone: the same scores, in a folder of its own. The run's results stay."""
+    new, words = tmp_path / "new", ["--out", own_chain, "--passes", 2]
+    shutil.copytree(folder / "test", new / "test")
+    before = {path.name: path.read_bytes() for path in own_chain.iterdir() if path.is_file()}
+    assert call(evaluate, *words, "--data", new) is None
+    printed = capsys.readouterr().out
+    assert "new: 40 px, test alone" in printed and "other training images" in printed
+    assert "warning" not in printed
+    assert (own_chain / "new/scores.csv").read_bytes() == before["scores.csv"]
+    metrics, own = (json.loads((out / "metrics.json").read_text()) for out in (own_chain / "new", own_chain))
+    assert metrics["auroc"] == own["auroc"] and metrics["settings"]["data"] == str(new)
+    assert list(metrics["floors_auroc"]) == ["minus mean brightness"] and len(own["floors_auroc"]) == 3
+    trained = dia_lib.load_data(str(folder), 40, ("train",), 0.3).names["train"][0]
+    shutil.copy(folder / trained, new / "test/good/known.png")
+    (new / "test/good").rename(new / "test/fine")
+    assert "no candidates for the normal class" in call(evaluate, *words, "--data", new)
+    assert call(evaluate, *words, "--data", new, "--normal-class", "fine") is None
+    assert len((own_chain / "new-2/scores.csv").read_text().splitlines()) == 32
+    assert "warning: 1 of these images were trained on" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in own_chain.iterdir() if path.is_file()}
+    moved = shutil.copytree(folder, tmp_path / "moved")                     # the run's own images, elsewhere
+    assert call(evaluate, *words, "--data", moved) is None and not (own_chain / "moved").exists()
+    (own_chain / "stats.pt").unlink()
+    assert "score it on its own data first" in call(evaluate, *words, "--data", new)
+    (moved / trained).unlink()
+    assert "was trained on other images" in call(evaluate, *words, "--data", moved)
+
+
 def test_test_set_with_one_label_only(folder, tmp_path):
     root, run = tmp_path / "one", tmp_path / "run"
     for split in ("train", "test"):

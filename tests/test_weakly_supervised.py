@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -285,8 +286,10 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
         path.relative_to(folder).as_posix() for path in folder.glob("test/*/*"))
     d = metrics["decision"]
     assert [d["false_positive_rate"], d["sensitivity"]] == [decided[labels == y].mean() for y in (0, 1)]
-    said = (f"  at --fpr 0.4, by {d['calibration_normals']} calibration normals: false positive rate "
-            f"{d['false_positive_rate']:.3f} ({d['false_positive_rate_interval_95'][0]:.3f} to ")
+    said = (f"  on test: false positive rate {d['false_positive_rate']:.3f} "
+            f"({d['false_positive_rate_interval_95'][0]:.3f} to ")
+    assert sum(line.startswith(said) for line in lines) == 1
+    said = f"  anomalies at --fpr 0.4: scores above {d['threshold']:.6g}, by {d['calibration_normals']} "
     assert sum(line.startswith(said) for line in lines) == 1
     assert len(list((tmp_path / "a/maps").rglob("*.png"))) == 30
     assert np.asarray(Image.open(tmp_path / "a/examples.png")).std() > 10
@@ -295,27 +298,60 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
     assert call(nearest, *tiny, "--out", tmp_path / "b", *words) is None
     fewer = json.loads((tmp_path / "b/metrics.json").read_text())["patches_kept"]
     assert fewer == pytest.approx(metrics["patches_kept"] * 4 / 10, abs=1)     # a tenth of four times as many
-    # At the default --fpr too few calibrate, with --holdout 0 none: nothing is decided, and it is said.
-    assert "no decisions: with" in capsys.readouterr().out
+    # Without any held out, all training images calibrate, each left out in turn.
     assert call(nearest, *tiny, "--holdout", 0, "--out", tmp_path / "none") is None
-    assert "no decisions: no normals were held out for calibration" in capsys.readouterr().out
-    for name in ("b", "none"):
-        undecided = json.loads((tmp_path / name / "metrics.json").read_text())
-        assert undecided["f1_at_fpr"] is undecided["accuracy_at_fpr"] is None
-        assert {r["anomaly"] for r in csv.DictReader((tmp_path / name / "scores.csv").open())} == {""}
-    assert undecided["decision"] is undecided["val_auroc"] is None
+    assert re.search("by 40 calibration normals; of new normals .*, guaranteed", capsys.readouterr().out)
+    none = json.loads((tmp_path / "none/metrics.json").read_text())
+    assert none["decision"]["calibration_normals"] == 40 and none["val_auroc"] is None
     # A training image has distance 0 when all patches are kept.
     words = [*map(str, tiny), "--out", str(tmp_path / "c")]
     setting = common.Setting(nearest.patch_flags(""), "x", words)
-    memory = nearest.sample(setting, setting.features(setting.data.train), 0, 0)
+    maps = setting.features(setting.data.train)
+    memory, owners = nearest.sample(setting, maps, 0, 0)
     assert len(memory) == metrics["patches_kept"]
     distance = nearest.nearest_distance
     score = nearest.scorer(setting, lambda x: distance(x.flatten(0, 1), memory).view(x.shape[:2]))
-    held = score(setting.data.held[setting.data.calibration])[0].numpy()    # what p-values are taken from
+    held = np.concatenate([score(setting.data.held[setting.data.calibration])[0],    # p-values are of these
+                           nearest.leave_one_out(setting, maps, memory, owners)])
     expected = [(1 + (held >= s).sum()) / (len(held) + 1) for s in scores]
     assert [float(r["p_value"]) for r in rows] == pytest.approx(expected, abs=1e-5)
     scores, maps = score(setting.data.train)
     assert scores.shape == maps.shape[:1] == setting.data.train.shape[:1] and maps.max() == 0
+
+
+def test_a_training_image_is_scored_by_the_others_alone(tiny, tmp_path):
+    """As by a memory made anew of the others; equal images are left out together."""
+    words = [*map(str, tiny), "--out", str(tmp_path / "x"), "--layers", "2", "--aggregate", "3"]
+    setting = common.Setting(nearest.patch_flags(""), "x", words)
+    images, digests = setting.data.train, setting.data.digests["train"]
+    images[1], digests[1] = images[0], digests[0]
+    maps = setting.features(images)
+    memory, owners = nearest.sample(setting, maps, 300, 0)
+    found = nearest.leave_one_out(setting, maps, memory, owners)
+    assert len(found) == len(images) and len(memory) == 300 == len(owners)
+    for i in (0, 1, 5):
+        others = memory[(owners != i) & ~((owners < 2) & (i < 2))]
+        expected = nearest.by_distance(setting, others)(images[i:i + 1])[0]
+        assert found[i] == pytest.approx(expected.item(), rel=1e-5)
+    whole = nearest.by_distance(setting, memory)(images)[0]
+    assert (found > whole + 1e-4).all()                     # else decisions would not be those of jackknife+
+
+
+def test_too_few_or_no_calibration_images_decide_nothing_and_all_held_out_ones_may_calibrate(
+        tiny, tmp_path, capsys):
+    args = [*tiny, "--layers", 2, "--shots", 2, "--epochs", 1]
+    for name, words, said in (("few", ["--fpr", 0.02], "no decisions: "),
+                              ("none", ["--holdout", 0], "no decisions: no normals were held out"),
+                              ("all", ["--fpr", 0.4, "--calibrate-all"], "anomalies at --fpr 0.4: ")):
+        assert call(wscxr, *args, *words, "--out", tmp_path / name) is None
+        assert f"  {said}" in capsys.readouterr().out
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        column = {r["anomaly"] for r in csv.DictReader((tmp_path / name / "scores.csv").open())}
+        assert (column == {""}) == (metrics["f1_at_fpr"] is None) == (name != "all")
+        assert (metrics["decision"] is None) == (name == "none")
+        assert (metrics["val_auroc"] is None) == (name != "few")
+    held = len(dia_lib.load_data(str(tiny[1]), 32, ("train",), 0.3).held)
+    assert metrics["decision"]["calibration_normals"] == held > 1
 
 
 def test_wscxr_from_the_command_line(tiny, chain, tmp_path, capsys):

@@ -19,7 +19,7 @@ from dia_lib import (
 )
 from evaluate import measure, tell
 from extras.choose import KINDS, synthetic_defects
-from extras.decisions import columns_of, decisions, impossible, p_values
+from extras.decisions import columns_of, decisions, impossible, p_values, promise, rates_of
 from extras.heat_maps import colours, heat_map, mask_of, overlay, pixel_metrics
 from extras.tables import processor
 from weakly_supervised.backbones import LITE, NAMES, features, load_backbone
@@ -47,6 +47,8 @@ def flags(description, layers, size=256):
                         help=f"depths of the feature maps (default: {' '.join(map(str, layers))})")
     parser.add_argument("--fpr", type=number(float, above=0, high=0.99), default=0.05,
                         help="false-positive rate of decisions (default: 0.05)")
+    parser.add_argument("--calibrate-all", action="store_true", help="all normals set aside calibrate "
+                        "p-values, not half of them; then there is no val_auroc to choose settings by")
     parser.add_argument("--maps", action="store_true", help="write a heat map of each test image to OUT/maps")
     return parser
 
@@ -88,6 +90,7 @@ class Setting:
         self.size = args.image_size = args.image_size or self.backbone.size or size
         self.data = load_data(args.data, self.size, ("train", "labelled", "test"), args.holdout,
                               args.normal_class)
+        self.data.calibration |= args.calibrate_all
         self.labels = self.data.labels.numpy()
         run = self.backbone.fingerprint
         if run and run != self.data.fingerprint:
@@ -256,17 +259,19 @@ def youden(labels, scores):
     return f1_accuracy(labels, scores >= thresholds[(true - false).argmax()])
 
 
-def finish(setting, score, state, out=None, shots=None, **more):
+def finish(setting, score, state, out=None, shots=None, left_out=None, **more):
     """Score held-out and test images, write and print the results; return metrics.
 
     score: images (n, C, H, W) uint8 -> their scores (n,) and, for pictures, those of their patches (n, P), on
     the CPU.  state: what the method's `restore` makes `score` of again; it goes into OUT/predict.pt, for
     extras.predict.  out: another folder than the setting's.  shots: the Shots that were trained on; those of
-    the test set are left out.  more: further entries of metrics.json.
+    the test set are left out.  left_out: leave-one-out scores of training normals (M,), which calibrate, too.
+    more: further entries of metrics.json.
     """
     data, args, out = setting.data, setting.args, out or setting.out
     held, held_maps = score(data.held)
-    calibration = held[data.calibration].numpy()
+    calibration = held[data.calibration]
+    calibration = (calibration if left_out is None else torch.cat([calibration, left_out])).numpy()
     n = len(calibration)
     test = np.setdiff1d(np.arange(len(data.labels)), shots.tested if shots else [])
     scores, maps = score(data.test)                                                             # (Q,), (Q, P)
@@ -280,7 +285,8 @@ def finish(setting, score, state, out=None, shots=None, **more):
     f1, accuracy = (None, None) if impossible(n, args.fpr) else f1_accuracy(truth, p <= args.fpr)
     best_f1, best_accuracy = youden(truth, mine)
     metrics = {
-        **measure(truth, mine, groups[test]), "decision": decisions(p, truth, args.fpr, n), **apart,
+        **measure(truth, mine, groups[test]), **apart,
+        "decision": decisions(calibration, mine, truth, args.fpr),
         "val_auroc": validate(setting, score, held[~data.calibration]), **more,
         "f1_at_fpr": f1, "accuracy_at_fpr": accuracy,
         "f1_threshold_chosen_on_test": best_f1, "accuracy_threshold_chosen_on_test": best_accuracy,
@@ -304,7 +310,8 @@ def finish(setting, score, state, out=None, shots=None, **more):
     colour = colours(held_maps if len(held) else maps[test[truth == 0]])
     pictures(setting, out, scores, maps, test, **colour)
     settings = metrics["settings"] | setting.found_again()
-    known = {"calibration": {setting.method: held[data.calibration]}, **colour, "state": state,
+    known = {"calibration": {setting.method: torch.from_numpy(calibration)}, **colour, "state": state,
+             "left_out": left_out is not None,
              "train": data.digests["train"].tolist(), "held": data.digests["held"].tolist(),
              "labelled": shots.digests.tolist() if shots else []}
     save_checkpoint(out / "predict.pt", "predict", settings, known)
@@ -312,28 +319,22 @@ def finish(setting, score, state, out=None, shots=None, **more):
         temporary.write_text(json.dumps(metrics, indent=1))
     values = {k: metrics[k] for k in ("auroc", "auroc_interval_95", "val_auroc")}
     Log(out, "evaluate", math.inf)(0, show=False, **values)
-    say(metrics)
+    say(metrics, impossible(n, args.fpr) or
+        f"anomalies at --fpr {args.fpr:g}: {promise(calibration, args.fpr, left_out is not None)}")
     print(f"  wrote scores.csv, metrics.json, predict.pt, examples.png{', maps/' if args.maps else ''} "
           f"to {out} after {metrics['seconds']:.0f} s", flush=True)
     return metrics
 
 
-def say(metrics):
-    """Print what `finish` found."""
+def say(metrics, decided):
+    """Print what `finish` found. decided: how it decides, in words."""
     tell(metrics)
-    settings, decision = metrics["settings"], metrics["decision"] or {"calibration_normals": 0}
-    fpr, n = settings["fpr"], decision["calibration_normals"]
-    undecided = impossible(n, fpr)
-    if undecided:
-        print(f"  {undecided}")
-    else:
-        rates = ["{} {:.3f} ({:.3f} to {:.3f})".format(name.replace("_", " "), decision[name],
-                                                       *decision[f"{name}_interval_95"])
-                 for name in ("false_positive_rate", "sensitivity")]
-        print(f"  at --fpr {fpr:g}, by {n} calibration normals: {'  '.join(rates)}")
-        print("  at that threshold F1 {f1_at_fpr:.3f}, accuracy {accuracy_at_fpr:.3f}".format(**metrics))
+    print(f"  {decided}")
+    if metrics["f1_at_fpr"] is not None:
+        print(f"  on test: {rates_of(metrics['decision'])}  "
+              "F1 {f1_at_fpr:.3f}  accuracy {accuracy_at_fpr:.3f}".format(**metrics))
     if "auroc_all" in metrics:
-        group = settings["anomaly_class"]
+        group = metrics["settings"]["anomaly_class"]
         seen = f"of {group} {metrics['auroc_seen_class']:.4f}" if "auroc_seen_class" in metrics else (
             f"test has no {group}")
         print(f"  that is of anomalies other than {group}; {seen}, of all {metrics['auroc_all']:.4f}")

@@ -12,6 +12,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from dia_lib import number, run, step_generator
 from weakly_supervised.common import AGAIN, Setting, finish, flags, load
@@ -48,18 +49,19 @@ def patches(setting, maps, chunk=16):
         yield patch_features(load(maps, slice(i, i + chunk), setting.device), setting.args.aggregate)
 
 
-def scorer(setting, patch_scores):
-    """How `finish` scores images: by the mean of their highest patches.
+def image_scores(scores, top):
+    """The mean of an image's highest patches: their scores (n, P) -> (n,).  PatchCore Eq. 6 with top 0."""
+    return scores.topk(max(1, round(top * scores.shape[1]))).values.mean(1)
 
-    patch_scores: (n, P, C) -> (n, P).  PatchCore Eq. 6 with --top 0, WSCXR likewise.
-    """
+
+def scorer(setting, patch_scores):
+    """How `finish` scores images: by their highest patches. patch_scores: (n, P, C) -> (n, P)."""
     @torch.no_grad()
     def score(images):
         if not len(images):
             return torch.empty(0), torch.empty(0, 1)
         scores = torch.cat([patch_scores(x).cpu() for x in patches(setting, setting.features(images))])
-        highest = max(1, round(setting.args.top * scores.shape[1]))
-        return scores.topk(highest).values.mean(1), scores
+        return image_scores(scores, setting.args.top), scores
     return score
 
 
@@ -73,12 +75,15 @@ def nearest_distance(x, memory, chunk=2 ** 24):
 
 
 def sample(setting, maps, most, seed):
-    """At most `most` patch features (m, C) of all images, each with the same chance; most = 0 for all."""
+    """At most `most` patch features of all images (m, C), each with the same chance; most = 0 for all.
+
+    Also which images they are of, (m,) on the CPU.
+    """
     n, P = len(maps[0]), max(array.shape[2] * array.shape[3] for array in maps)
     keep = torch.zeros(n * P, dtype=torch.bool)
     keep[torch.randperm(n * P, generator=step_generator("cpu", seed, "patches", 0))[:most or n * P]] = True
     parts = zip(patches(setting, maps), keep.view(n, P).split(16), strict=True)
-    return torch.cat([x[kept.to(x.device)] for x, kept in parts])
+    return torch.cat([x[kept.to(x.device)] for x, kept in parts]), keep.view(n, P).nonzero()[:, 0]
 
 
 def greedy_coreset(x, m, generator, dims=128):
@@ -101,6 +106,21 @@ def by_distance(setting, memory):
     return scorer(setting, lambda x: nearest_distance(x.flatten(0, 1), memory).view(x.shape[:2]))
 
 
+def leave_one_out(setting, maps, memory, owners):
+    """Scores (M,) of training images, each by the memory (m, C) without what is of this image, or its equals.
+
+    owners: (m,), which image each patch is of.  With these scores decisions have the guarantee of the
+    jackknife+ (Barber et al. 2021, arXiv:1905.02928, Thm. 1), twice --fpr: a new image's score by the whole
+    memory is at most that by any part of it. A greedy coreset misses an image's patches more than a sample
+    does: these scores are higher then, and fewer normals called anomalies.
+    """
+    digests, images = setting.data.digests["train"], (x for part in patches(setting, maps) for x in part)
+    scores = [nearest_distance(x, memory[(digests[owners] != digests[i]).to(memory.device)])
+              for i, x in enumerate(tqdm(images, "leave-one-out", len(digests), unit="image", leave=False,
+                                         disable=None))]
+    return image_scores(torch.stack(scores).cpu(), setting.args.top)
+
+
 def restore(settings, state, device):
     """The score of a run, from what it left: for extras.predict."""
     return by_distance(Setting.of_run(settings, device), state["memory"].to(device))
@@ -116,12 +136,15 @@ def main():
     args = setting.args
     setting.say()
     maps = setting.begin()
-    memory = sample(setting, maps, args.patches, args.seed)
+    memory, owners = sample(setting, maps, args.patches, args.seed)
     if args.coreset < 1:
         generator = step_generator("cpu", args.seed, "coreset", 0)
-        memory = memory[greedy_coreset(memory, max(1, round(len(memory) * args.coreset)), generator)]
+        kept = greedy_coreset(memory, max(1, round(len(memory) * args.coreset)), generator)
+        memory, owners = memory[kept], owners[kept]
+    several = len(setting.data.digests["train"][owners].unique()) > 1
+    left_out = leave_one_out(setting, maps, memory, owners) if several else None
     score, state = by_distance(setting, memory), {"memory": memory.cpu()}
-    metrics = finish(setting, score, state, patches_kept=len(memory))
+    metrics = finish(setting, score, state, left_out=left_out, patches_kept=len(memory))
     print(f"auroc {metrics['auroc']:.4f}")
 
 

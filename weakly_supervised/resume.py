@@ -7,7 +7,7 @@ from dia_lib import check_weights, load_checkpoint, save_checkpoint
 
 def same_flags(setting, stored, shots, path):
     """The command's flags, of one number of shots; exits unless path's (stored, if not None) are the same."""
-    free = ("data", "out", "device", "resume", "maps", "fpr")
+    free = ("data", "out", "device", "resume", "maps", "fpr", "calibrate_all")
     own = {k: v for k, v in vars(setting.args).items() if k not in free}
     own |= {"shots": shots, "fingerprint": setting.data.fingerprint}
     for name, value in own.items():
@@ -30,7 +30,7 @@ def results_of(setting, out, shots):
     stored = metrics["settings"] | {"shots": len(metrics["shots"])}
     same_flags(setting, stored, shots, path)
     there = (out / "predict.pt").exists() and (not args.maps or (out / "maps").exists())
-    if stored["fpr"] != args.fpr or not there:
+    if stored["fpr"] != args.fpr or stored.get("calibrate_all", False) != args.calibrate_all or not there:
         return None
     print(f"{out} has its results already")
     return metrics

@@ -119,7 +119,7 @@ def main():
     setting.say(f"{args.epochs} epochs")
     maps = setting.begin()
     normal = torch.cat([x.half().cpu() for x in patches(setting, maps)])          # (M, P, C), 220 kB an image
-    known = sample(setting, maps, args.patches, args.seed) if args.mining else None
+    known = sample(setting, maps, args.patches, args.seed)[0] if args.mining else None
     for out, shots in runs:
         setting.begun = time.perf_counter()
         anomalous = torch.cat([*patches(setting, setting.features(shots.images))]).flatten(0, 1)
