@@ -760,8 +760,8 @@ def npz_items(path, splits, normal):
 def folder_items(root, splits, normal_class, files_of=None):
     """MVTec's or ImageFolder's layout: train/<normal>, test/<normal>, test/<anything else>, nested or not.
 
-    Where the test images alone are asked for, and there is no train, --normal-class or a usual name says
-    which are normal.  files_of: finds the images below a folder; by default `walk`.
+    Where the test images alone are asked for, --normal-class or a usual name says which are normal.
+    files_of: finds the images below a folder; by default `walk`.
     """
     def below(folder):
         folders = folder.iterdir() if folder.is_dir() else []
@@ -771,7 +771,7 @@ def folder_items(root, splits, normal_class, files_of=None):
         return [c for c in classes if re.sub(r"^\d+[_-]?", "", c).lower() in ("good", "normal", "ok")]
 
     train, test, files_of = root / "train", root / "test", files_of or walk
-    alone = splits == ("test",) and test.is_dir() and not train.is_dir()
+    alone = splits == ("test",) and test.is_dir()
     if not train.is_dir() and not alone:
         raise SystemExit(f"{root}: no folder train; {TREE}; found {', '.join(below(root)) or 'no folder'}. "
                          "Other layouts: python -m extras.prepare.")
@@ -839,15 +839,21 @@ def walk(folder, above=None, suffixes=SUFFIXES):
     return files
 
 
-def read_images(items, size, window=None):
+def read_images(items, size, window=None, fewest=64):
     """All images of a split, decoded in parallel: uint8 (n, C, size, size), their digests uint64 (n,), and
     of each that has more than 8 bits the number of its grey levels. size, window: see `decode`.
+
+    A source may be a function, which returns what `decode` reads.  fewest: grey levels that all 16-bit images
+    together must have. Exits where one cannot be read.
     """
+    def read(item):
+        return decode(item.source() if callable(item.source) else item.source, size, window)
+
     pixels, digests = np.empty((len(items), 1, size, size), np.uint8), np.empty(len(items), np.uint64)
     levels, deep, first = np.zeros(256, bool), [], None
     with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda item: decode(item.source, size, window), items)
-        bar = tqdm(read, "reading images", len(items), unit="image", disable=None, leave=False)
+        images = pool.map(read, items)
+        bar = tqdm(images, "reading images", len(items), unit="image", disable=None, leave=False)
         for i, (image, digest, used) in enumerate(bar):
             if len(image) > pixels.shape[1]:                                # the first one with colours
                 pixels = np.repeat(pixels, 3, 1)
@@ -855,8 +861,8 @@ def read_images(items, size, window=None):
             if used is not None:
                 levels |= used
                 deep.append(int(used.sum()))
-                first = first or items[i].source
-    if deep and not window and levels.sum() < 64:
+                first = first or items[i].name
+    if deep and not window and levels.sum() < fewest:
         used = np.flatnonzero(levels)
         raise SystemExit(f"{first} and the like: {len(deep)} images of 16 bits have values of about "
                          f"{257 * used[0]} to {257 * used[-1] + 256} of 65535, which leaves {len(used)} grey "

@@ -96,33 +96,34 @@ def evaluate(out, args, device):
 
 
 def data_to_score(settings, out, stats, args):
-    """The run's own Data and its folder; or, of another set, its test images and a new folder below.
+    """The run's own Data and its folder; or, of another set, its test images and a new folder in OUT/tests.
 
     stats: of the run's training images, which another set needs, or None.
     """
-    folder, size = Path(args.data or "").expanduser(), settings["image_size"]
+    size, trained = settings["image_size"], set(stats["train"].tolist()) if stats else set()
     normal = args.normal_class or settings["normal_class"]
-    test_alone = args.data and folder.is_dir() and not (folder / "train").is_dir()
-    if test_alone and not stats:
-        raise SystemExit(f"{folder} has no train, and {out} no stats.pt of {args.passes} passes: score it "
-                         "on its own data first, without --data.")
-    if not args.data or not stats:
+    try:
+        train = args.data and load_data(args.data, size, ("train",), settings["holdout"], normal)
+        mine = [digest in trained for digest in train.digests["train"].tolist()] if train else []
+    except SystemExit:                                                      # no train, or none that serves
+        train, mine = None, [False]
+    if not args.data or 2 * sum(mine) > len(mine) or train and train.fingerprint == settings["fingerprint"]:
         return data_of(settings, out, data=args.data, normal_class=args.normal_class), out
-    if not test_alone:
-        data = load_data(args.data, size, ("train", "test"), settings["holdout"], normal)
-        if data.fingerprint == settings["fingerprint"]:
-            return data, out
-    data = load_data(args.data, size, ("test",), normal_class=normal)
-    print(f"note: {data.name} has other training images than {out}, or none: its test images alone are read")
+    if not stats:
+        raise SystemExit(f"{out} was trained on other images than --data {args.data} has. To score it on "
+                         f"another set, score it on its own first (no --data, --passes {args.passes}).")
+    data = load_data(args.data, size, ("test",), normal_class=args.normal_class)
+    print(f"note: {out} was not trained on {data.name}, of which the test images alone are read")
     if data.test.shape[-1] != size:
         raise SystemExit(f"{data.name} has images of {data.test.shape[-1]} px; {out} needs {size} px.")
     windows = data.defaults["window"], settings.get("window")
     if windows[0] != windows[1]:
         print("warning: prepared with the window {}, the training images with {}".format(*windows))
-    trained = set(stats["train"].tolist())
+    if data.test.shape[1] > settings["channels"]:
+        print("warning: some of these images are in colour, and no training image was: they are made grey")
     if copies := sum(digest in trained for digest in data.digests["test"].tolist()):
         print(f"warning: {copies} of these images were trained on: their scores mean nothing")
-    return data, new_folder(out / data.name)
+    return data, new_folder(out / "tests" / data.name)
 
 
 def data_of(settings, out, splits=("train", "test"), data=None, normal_class=None):

@@ -27,22 +27,24 @@ def expected_rate(fpr, n):
 def highest_rate(fpr, n):
     """The false-positive rate that 19 of 20 sets of n calibration images stay below.
 
-    With k = floor(fpr (n + 1)), the rate of one set is Beta(k, n + 1 - k); Vovk 2012 (arXiv:1209.2673).
+    With k = floor(fpr (n + 1)), the rate of one set is Beta(k, n + 1 - k); Vovk 2012 (arXiv:1209.2673). That
+    is for independent images: several of one patient count for less.
     """
     k = round(expected_rate(fpr, n) * (n + 1))
     return float(beta.ppf(0.95, k, n + 1 - k)) if k else 0.0
 
 
-def decisions(calibration, scores, labels, fpr):
+def decisions(calibration, scores, labels, fpr, left_out=False):
     """What deciding by p <= fpr does on labelled images: rates with exact (Clopper-Pearson) 95% intervals.
 
-    calibration: (n,), scores, labels: (Q,) arrays.  None without any calibration image.
+    calibration: (n,), scores, labels: (Q,) arrays.  left_out: some calibration scores are leave-one-out.
+    None without any calibration image.
     """
     p, n = p_values(calibration, scores), len(calibration)
     if not n:
         return None
     result = {"fpr": fpr, "calibration_normals": n, "threshold": threshold(calibration, fpr),
-              "expected_false_positive_rate": expected_rate(fpr, n)}
+              "leave_one_out": left_out, "expected_false_positive_rate": expected_rate(fpr, n)}
     for name, label in (("false_positive_rate", 0), ("sensitivity", 1)):
         found, total = int((p[labels == label] <= fpr).sum()), int((labels == label).sum())
         interval = binomtest(found, total).proportion_ci(method="exact")
@@ -62,21 +64,22 @@ def impossible(n, fpr):
     if n == 0:
         return "no decisions: no normals were held out for calibration in training (--holdout)"
     if expected_rate(fpr, n) == 0:
-        return (f"no decisions: {n} calibration normals can promise --fpr {math.ceil(1e3 / (n + 1)) / 1e3:g} "
-                f"at best; {fpr:g} needs {math.ceil(1 / fpr - 1e-9) - 1}: train with more --holdout")
+        best = 1.006 / (n + 1)                                              # which makes 3 digits round up
+        return (f"no decisions: {n} calibration normals can promise --fpr {best:.3g} at best; {fpr:g} needs "
+                f"{math.ceil(1 / fpr - 1e-9) - 1}: take more normals, or more of them by --holdout")
     return None
 
 
 def promise(calibration, fpr, left_out=False):
-    """A decision in words: by how many normals, above which score, and how often normals will be called so.
+    """A decision in words: above which score, by how many normals, how often new normals will be above it.
 
     left_out: some of the calibration scores are leave-one-out.
     """
     n, rate = len(calibration), expected_rate(fpr, len(calibration))
-    most = (f"guaranteed at most {2 * rate:.2g}" if left_out else
-            f"in 19 of 20 such runs at most {highest_rate(fpr, n):.2g}")
-    return (f"scores above {threshold(calibration, fpr):.6g}, by {n} calibration normals; of new normals "
-            f"{rate:.2g} on average, {most}")
+    chance = f"about {rate:.2g}" if left_out else (
+        f"{rate:.2g} on average, and in 19 of 20 runs at most {highest_rate(fpr, n):.2g}")
+    return (f"scores above {threshold(calibration, fpr):.6g}, by {n} calibration normals; the chance of a "
+            f"new normal image to be called one is {chance}")
 
 
 def threshold(calibration, fpr):

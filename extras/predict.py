@@ -26,6 +26,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -120,18 +121,14 @@ def load_images(sources, size, window=None):
     sources: a path or several.  window: (low, high) that the run's set was prepared with,
     `settings["window"]`; new scans get the same.  Exits where there is none, or one cannot be read.
     """
-    return pixels_of(files_of(sources)[0], size, window)[0]
+    return read_files(files_of(sources)[0], size, window)[0]
 
 
-def pixels_of(files, size, window):
-    """Images (n, C, size, size) uint8 of files, their digests (n,) int64, how many have more than 8 bits.
-
-    Digests are as in Data.digests.  No copy is kept on disk.
-    """
-    deep = sum(f.suffix.lower() not in SUFFIXES for f in files)
-    items = [Item("", 0, "", source_of(f, window)) for f in files]
-    pixels, digests, deeper = read_images(items, size, window)
-    return torch.from_numpy(pixels), digests.view(np.int64), deep + len(deeper)
+def read_files(files, size, window, fewest=64):
+    """As read_images, of files and scans: images are a tensor, digests int64 as in Data.digests."""
+    items = [Item(str(f), 0, "", partial(source_of, f, window)) for f in files]
+    pixels, digests, deep = read_images(items, size, window, fewest)
+    return torch.from_numpy(pixels), digests.view(np.int64), deep
 
 
 def source_of(path, window):
@@ -298,10 +295,11 @@ def key_of(state, passes):
 def calibrated(known, out):
     """What a predict.pt of train_dia.py holds, and {score: (n,)} of the held-out normals that calibrate.
 
-    These are all, or, where extras.choose has looked at the run, the half that it left alone.
+    These are all, or, where extras.choose has looked at the run or a step of it, the half that it left alone.
     """
-    log = out / "log.jsonl"
-    chosen = log.exists() and '"stage": "choose"' in log.read_text()
+    run = out.parent if out.name.startswith("step-") else out
+    logs = [log for log in (out / "log.jsonl", *run.glob("step-*/log.jsonl")) if log.exists()]
+    chosen = any('"stage": "choose"' in log.read_text() for log in logs)
     mine = known["calibration_half"] if chosen else slice(None)
     return known | {"calibration": {score: values[mine] for score, values in known["held_scores"].items()}}
 
@@ -344,7 +342,9 @@ def examples(path, run, files):
     """
     picked = {"highest scores": files[:8], "next": files[8:16], "lowest": files[16:][-8:]}
     picked = {name: row for name, row in picked.items() if row}
-    rows = [[*(run.images(row) / 255)] + [None] * (8 - len(row)) for row in picked.values()]
+    window = run.settings.get("window")
+    images = [read_files(row, run.size, window, fewest=0)[0] / 255 for row in picked.values()]
+    rows = [[*row] + [None] * (8 - len(row)) for row in images]
     save_grid(path, rows, [], max(1, 128 // run.size), list(picked))
 
 
@@ -357,32 +357,31 @@ def write_map(to, name, grid, picture, low, high):
     np.save(f"{path}.npy", grid.view(side, side).numpy())
 
 
-def read_once(sources, size, window, batch):
-    """The files of `sources`, each once, their names, and digests of their pixels: all can be read, then."""
+def look_at(sources, window):
+    """The files of `sources`, each once, and their names; all have been read once, and can be."""
     files, root = files_of(sources)
     files = list(dict.fromkeys(files))
     names = [name_in(root, f) for f in files]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SystemExit(f"{root}: two files would both be called {twice}: rename one.")
-    digests, deep = [], 0
-    for i in tqdm(range(0, len(files), batch), "first look", unit="batch", leave=False, disable=None):
-        _, found, deeper = pixels_of(files[i:i + batch], size, window)
-        digests, deep = digests + found.tolist(), deep + deeper
-    if window and deep < len(files):
+    _, _, deep = read_files(files, 1, window)                           # one pixel of each: they need no room
+    if window and len(deep) + sum(f.suffix.lower() not in SUFFIXES for f in files) < len(files):
         print("note: some have 8 bits; the run's images were made of values {:g} to {:g}".format(*window))
-    return files, names, digests
+    return files, names
 
 
-def score_images(run, files, names, digests, score, fpr, maps, to):
-    """Score the files of read_once; write scores.csv, examples.png and with maps TO/maps to a folder."""
-    window, colour, scores = run.settings.get("window"), (run.known["low"], run.known["high"]), []
+def score_images(run, files, names, score, fpr, maps, to):
+    """Score the files of look_at; write scores.csv, examples.png and with maps TO/maps to a folder."""
+    window, colour = run.settings.get("window"), (run.known["low"], run.known["high"])
+    scores, digests = [], []
     to.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(0, len(files), run.batch), "images", unit="batch", leave=False, disable=None):
         part = files[i:i + run.batch]
-        found, grids = run.parts(pixels_of(part, run.size, window)[0], (score,), maps)
-        scores.append(found[score])
-        for file, name, grid in zip(part, names[i:], grids, strict=False):
+        images, these, _ = read_files(part, run.size, window, fewest=0)
+        found, grids = run.parts(images, (score,), maps)
+        scores, digests = [*scores, found[score]], digests + these.tolist()
+        for file, name, grid in zip(part, names[i:i + run.batch], grids, strict=True) if maps else ():
             picture = decode(source_of(file, window), None, window)[0]
             write_map(to, name, grid, torch.tensor(picture), *colour)
     scores, calibration = torch.cat(scores), run.known["calibration"][score].numpy()
@@ -392,10 +391,10 @@ def score_images(run, files, names, digests, score, fpr, maps, to):
     known = {digest: word for part, word in words.items() for digest in run.known.get(part, ())}
     seen = [known.get(digest, "") for digest in digests]
     rows = list(zip(names, scores.tolist(), *columns_of(p, fpr, n), seen, strict=True))
-    examples(to / "examples.png", run, [files[i] for i in order])
-    with whole(to / "scores.csv") as temporary, open(temporary, "w", newline="") as file:   # the last of all
+    with whole(to / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([("path", "score", "p_value", "anomaly", "seen"),
                                     *(rows[i] for i in order)])
+    examples(to / "examples.png", run, [files[i] for i in order])
     if trained := seen.count("training"):
         print(f"note: {trained} of these images were trained on (column `seen`): their scores are too low")
     if labelled := seen.count("labelled"):
@@ -433,7 +432,7 @@ def main():
         raise SystemExit("--test, --score, --data and --normal-class are for runs of train_dia.py; what "
                          f"{method} decides on its test set is in {out}/metrics.json.")
     if args.images:                                                                         # mistakes first
-        found = read_once(args.images, size_of(settings), settings.get("window"), args.batch_size)
+        found = look_at(args.images, settings.get("window"))
     if args.test or args.data:
         data = data_of(settings, out, ("train", "test")[:1 + args.test], args.data, args.normal_class)
     if args.test and len(set(data.labels.tolist())) != 2:

@@ -241,7 +241,7 @@ def decision_table(results):
     expected = d["expected_false_positive_rate"]
     above = f", which are scores above {d['threshold']:.6g}" if "threshold" in d else ""
     said = (f"An image is called an anomaly where p is at most {d['fpr']:g}, by {results.n:,} calibration "
-            f"normals{above}. The false positive rate should be {expected:.3f} on average.")
+            f"normals{above}. The false positive rate should be about {expected:.3f}.")
     if d["false_positive_rate_interval_95"][0] > expected:
         said += " It is higher: the test normals may be unlike those that were held out."
     return paragraph(said) + table(rates, ("", "rate", "95% interval"))
@@ -304,7 +304,8 @@ def page(results, plots, data, gone):
         f"<h3>{name}</h3>\n<div class=row>{''.join(figure_of(results, i, overlays) for i in rows)}</div>"
         for name, rows in telling(results.labels, results.scores).items() if len(rows))
     rows = {k: v for k, v in settings.items() if k not in ("given", "changed", "format")}
-    rows |= {k: m[k] for k in ("step", "passes", "patches_kept", "shots", "seconds", "processor") if k in m}
+    more = ("trained_on", "step", "passes", "patches_kept", "shots", "seconds", "processor")
+    rows |= {k: m[k] for k in more if k in m}
     sections = {"ROC": plots["roc"],
                 "Scores by group": groups_table(results) + paragraph(
                     "AUROC: a group's anomalies against its own normals, or against all if it has none.")

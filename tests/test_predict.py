@@ -141,6 +141,26 @@ def test_a_pattern_leaves_out_what_is_no_image(one, folder, tmp_path, capsys):
     assert "notes.txt" in call(predict, one, tmp_path / "notes.txt", "--to", tmp_path / "2")
 
 
+def test_images_are_read_in_batches_and_judged_as_one_set(one, tmp_path):
+    """Grey and colour in any batch; a 16-bit image of few grey levels, which alone would be refused."""
+    rng, scans = np.random.default_rng(0), tmp_path / "scans"
+    scans.mkdir()
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 65536, (40, 40), dtype=np.uint16)).save(scans / f"{i}.png")
+    Image.fromarray(rng.integers(0, 12, (40, 40), dtype=np.uint16) * 257).save(scans / "narrow.png")
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(scans / "colour.png")
+    found = []
+    for size in (1, 4, 96):
+        assert call(predict, one, scans, "--batch-size", size, "--to", tmp_path / str(size)) is None
+        rows = rows_of(tmp_path / str(size) / "scores.csv")
+        found.append([float(rows[name]["score"]) for name in sorted(rows)])
+        assert np.asarray(Image.open(tmp_path / str(size) / "examples.png")).std() > 10
+    assert len(found[0]) == 6 and np.ptp(found, axis=0).max() < 1e-3 * np.std(found[0])
+    for path in scans.glob("[0-9c]*"):
+        path.unlink()
+    assert "12 grey levels of 256" in call(predict, one, scans)
+
+
 def test_which_run_is_meant_is_said(one, tiny, folder, chain, tmp_path, monkeypatch):
     images = folder / "test/dent"
     assert "for runs of train_dia.py" in call(predict, one, "--test")

@@ -21,6 +21,7 @@ import dia_lib
 import evaluate
 import train_dia
 import train_diffusion
+from extras import report
 
 
 class Stop(Exception):
@@ -426,10 +427,11 @@ def test_a_run_is_scored_on_another_test_set(own_chain, folder, tmp_path, capsys
     before = {path.name: path.read_bytes() for path in own_chain.iterdir() if path.is_file()}
     assert call(evaluate, *words, "--data", new) is None
     printed = capsys.readouterr().out
-    assert "new: 40 px, test alone" in printed and "other training images" in printed
+    assert "new: 40 px, test alone" in printed and "was not trained on new" in printed
     assert "warning" not in printed
-    assert (own_chain / "new/scores.csv").read_bytes() == before["scores.csv"]
-    metrics, own = (json.loads((out / "metrics.json").read_text()) for out in (own_chain / "new", own_chain))
+    assert (own_chain / "tests/new/scores.csv").read_bytes() == before["scores.csv"]
+    metrics, own = (json.loads((own_chain / name).read_text()) for name in
+                    ("tests/new/metrics.json", "metrics.json"))
     assert metrics["auroc"] == own["auroc"] and metrics["settings"]["data"] == str(new)
     assert list(metrics["floors_auroc"]) == ["minus mean brightness"] and len(own["floors_auroc"]) == 3
     trained = dia_lib.load_data(str(folder), 40, ("train",), 0.3).names["train"][0]
@@ -437,15 +439,22 @@ def test_a_run_is_scored_on_another_test_set(own_chain, folder, tmp_path, capsys
     (new / "test/good").rename(new / "test/fine")
     assert "no candidates for the normal class" in call(evaluate, *words, "--data", new)
     assert call(evaluate, *words, "--data", new, "--normal-class", "fine") is None
-    assert len((own_chain / "new-2/scores.csv").read_text().splitlines()) == 32
+    assert len((own_chain / "tests/new-2/scores.csv").read_text().splitlines()) == 32
     assert "warning: 1 of these images were trained on" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in own_chain.iterdir() if path.is_file()}
     moved = shutil.copytree(folder, tmp_path / "moved")                     # the run's own images, elsewhere
-    assert call(evaluate, *words, "--data", moved) is None and not (own_chain / "moved").exists()
+    assert call(evaluate, *words, "--data", moved) is None and not (own_chain / "tests/moved").exists()
+    (moved / trained).unlink()                                              # not another set: damaged
+    assert call(evaluate, *words, "--data", moved).endswith("moved has now.")
+    images = np.zeros((4, 40, 40), np.uint8)
+    images[:, ::3] = np.arange(4)[:, None, None] * 60
+    np.savez(tmp_path / "other.npz", test_images=images, test_labels=np.array([0, 1, 0, 1]))
+    assert call(evaluate, *words, "--data", tmp_path / "other.npz", "--normal-class", 1) is None
+    assert len((own_chain / "tests/other/scores.csv").read_text().splitlines()) == 5
+    assert call(report, own_chain / "tests/new") is None
+    assert "trained_on" in (own_chain / "tests/new/report.html").read_text()
     (own_chain / "stats.pt").unlink()
-    assert "score it on its own data first" in call(evaluate, *words, "--data", new)
-    (moved / trained).unlink()
-    assert "was trained on other images" in call(evaluate, *words, "--data", moved)
+    assert "score it on its own first" in call(evaluate, *words, "--data", new)
 
 
 def test_test_set_with_one_label_only(folder, tmp_path):

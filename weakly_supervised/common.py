@@ -286,7 +286,7 @@ def finish(setting, score, state, out=None, shots=None, left_out=None, **more):
     best_f1, best_accuracy = youden(truth, mine)
     metrics = {
         **measure(truth, mine, groups[test]), **apart,
-        "decision": decisions(calibration, mine, truth, args.fpr),
+        "decision": decisions(calibration, mine, truth, args.fpr, left_out is not None),
         "val_auroc": validate(setting, score, held[~data.calibration]), **more,
         "f1_at_fpr": f1, "accuracy_at_fpr": accuracy,
         "f1_threshold_chosen_on_test": best_f1, "accuracy_threshold_chosen_on_test": best_accuracy,

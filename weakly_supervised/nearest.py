@@ -65,9 +65,14 @@ def scorer(setting, patch_scores):
     return score
 
 
-def nearest_distance(x, memory, chunk=2 ** 24):
-    """Distance of each of x (n, C) to the nearest of memory (m, C): (n,); chunk: floats at once."""
+def nearest_distance(x, memory, chunk=2 ** 24, without=None):
+    """Distance of each of x (n, C) to the nearest of memory (m, C): (n,); chunk: floats at once.
+
+    without: (m,) bool, which of memory do not count.
+    """
     squares, found = memory.square().sum(1), []
+    if without is not None:
+        squares[without] = torch.inf
     for part in x.split(max(1, chunk // len(memory))):
         nearest = (squares - 2 * part @ memory.T).argmin(1)                 # |x|^2 is the same for all
         found.append((part - memory[nearest]).norm(dim=1))                  # exact: 0 for what is in memory
@@ -109,15 +114,16 @@ def by_distance(setting, memory):
 def leave_one_out(setting, maps, memory, owners):
     """Scores (M,) of training images, each by the memory (m, C) without what is of this image, or its equals.
 
-    owners: (m,), which image each patch is of.  With these scores decisions have the guarantee of the
-    jackknife+ (Barber et al. 2021, arXiv:1905.02928, Thm. 1), twice --fpr: a new image's score by the whole
-    memory is at most that by any part of it. A greedy coreset misses an image's patches more than a sample
-    does: these scores are higher then, and fewer normals called anomalies.
+    owners: (m,), which image each patch is of.  With these scores, over many runs at most twice --fpr of the
+    new normal images are called anomalies: the guarantee of the jackknife+ (Barber et al. 2021,
+    arXiv:1905.02928, Thm. 1), since a new image's score by the whole memory is at most that by a part of it.
+    It is exact where all patches are kept, and nearly so for a sample; a coreset has no guarantee.
     """
-    digests, images = setting.data.digests["train"], (x for part in patches(setting, maps) for x in part)
-    scores = [nearest_distance(x, memory[(digests[owners] != digests[i]).to(memory.device)])
-              for i, x in enumerate(tqdm(images, "leave-one-out", len(digests), unit="image", leave=False,
-                                         disable=None))]
+    digests = setting.data.digests["train"]
+    owned, bar = digests[owners], tqdm(digests, "leave-one-out", unit="image", leave=False, disable=None)
+    images = (x for part in patches(setting, maps) for x in part)
+    scores = [nearest_distance(x, memory, without=(owned == digest).to(memory.device))
+              for x, digest in zip(images, bar, strict=True)]
     return image_scores(torch.stack(scores).cpu(), setting.args.top)
 
 
