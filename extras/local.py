@@ -1,12 +1,16 @@
-"""The `local` score and heat map of DIA's encoder: nearest neighbours of its features, position by position.
+"""The `local` score of DIA's encoder, and DIA's heat map: neither is in the paper.
 
-Not in the paper: PatchCore (Roth et al. 2022, arXiv:2106.08265) on features of an encoder trained here.
+The score is PatchCore's (Roth et al. 2022, arXiv:2106.08265), on features of an encoder trained here. The
+heat map adds up the score of each position and what dissolving removes there.
 """
+
+import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from dia_lib import autocast, to_float
+from dia_lib import autocast, dissolve_view, load_checkpoint, sha256_of, to_float
 
 
 @torch.no_grad()
@@ -56,3 +60,43 @@ def local_maps(known, encoder, images, device, batch=96):
 def local_score(known, encoder, images, device, batch=96):
     """The position least like any training image, (Q,): the highest of `local_maps`."""
     return local_maps(known, encoder, images, device, batch).amax(1)
+
+
+def stage1_of(settings, out):
+    """Stage 1's checkpoint of a run that dissolves by it, else None. Says so where it is gone."""
+    if settings["dissolve"] != "diffusion":
+        return None
+    for path in (Path(settings["diffusion"]), out / "diffusion.pt"):
+        if path.is_file() and sha256_of(path) == settings["diffusion_sha256"]:
+            stage1 = load_checkpoint(path, "diffusion", "cpu")
+            return {"settings": stage1["settings"], "ema": stage1["ema"]}
+    print(f"note: {settings['diffusion']} is gone: heat maps do without what dissolving removes")
+    return None
+
+
+@torch.no_grad()
+def removed_maps(unet, abar, images, pixels, t_range, device, batch=96):
+    """What dissolving removes, |x - x_hat|: the mean over channels and 5 values of t, (Q, h * h).  DIA Eq. 4.
+
+    unet, abar: of load_unet.  images: (Q, C, H, H) uint8.  pixels: the dissolving size; h is H where that is
+    smaller.  t_range: [A, B), as in training.
+    """
+    maps, h = [torch.empty(0, 1)], min(pixels, images.shape[-1])
+    steps = torch.linspace(t_range[0], t_range[1] - 1, 5).long().tolist()
+    for part in images.split(batch) if len(images) else ():
+        x = to_float(part, unet.stem.in_channels, device)
+        x = F.interpolate(x, (h, h), mode="bilinear", antialias=True)
+        each = (torch.full((len(x),), t, device=device) for t in steps)
+        removed = [x - dissolve_view(x, h, "diffusion", unet, t, abar, pixels) for t in each]
+        maps.append(torch.stack(removed).abs().mean((0, 2)).flatten(1).cpu())
+    return torch.cat(maps[1:] or maps)
+
+
+def together(maps, scales):
+    """The sum of maps [(n, P), ...] of the same images, each in units of its colours (extras.heat_maps)."""
+    side, total = max(math.isqrt(grid.shape[1]) for grid in maps), 0
+    for grid, scale in zip(maps, scales, strict=True):
+        own = math.isqrt(grid.shape[1])
+        units = (grid - scale["low"]) / max(scale["high"] - scale["low"], 1e-12)
+        total = total + F.interpolate(units.view(-1, 1, own, own), (side, side), mode="bilinear").flatten(1)
+    return total

@@ -26,7 +26,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -36,13 +36,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from dia_lib import (
-    SUFFIXES, Item, csi_parts, decode, embed, load_checkpoint, load_encoder, make_parser, name_in,
+    SUFFIXES, Item, csi_parts, decode, embed, load_checkpoint, load_encoder, load_unet, make_parser, name_in,
     new_folder, number, pick_device, read_images, run, save_checkpoint, save_grid, shared_flags, whole,
 )
 from evaluate import auroc_interval, data_of, remembered, training_stats, weights_of
 from extras.decisions import columns_of, decisions, impossible, p_values, promise, rates_of
 from extras.heat_maps import colours, heat_map, overlay
-from extras.local import local_fit, local_maps
+from extras.local import local_fit, local_maps, removed_maps, stage1_of, together
 from extras.prepare import LEFT, READ, is_dicom, look, page_of, scans, to_8_bit
 
 SCORES = ("csi", "cos", "local")        # the paper's; its cosine alone; nearest neighbour of local features
@@ -289,7 +289,7 @@ def method_of(out):
 
 def key_of(state, passes):
     """What the predict.pt of a dia.pt's state was made with."""
-    return {"weights": weights_of(state), "passes": passes, "held": "all"}
+    return {"weights": weights_of(state), "passes": passes, "maps": "together"}
 
 
 def calibrated(known, out):
@@ -307,7 +307,23 @@ def calibrated(known, out):
 def dia_run(out, state, device, passes, batch, data):
     """The Run of a dia.pt; RUN/predict.pt is made where it is missing, or of another checkpoint or passes."""
     settings, encoder, key = state["settings"], load_encoder(state, device), key_of(state, passes)
-    known = remembered(out / "predict.pt", "predict", key)
+    known, made = remembered(out / "predict.pt", "predict", key), False
+    if known is None:
+        made, data = True, data or data_of(settings, out, ("train",))
+        stats = training_stats(out, state, encoder, data, passes, device, batch)
+        known = {**{k: stats[k] for k in ("axis", "w", "v")},
+                 **{k: data.digests[k].tolist() for k in ("train", "held")},
+                 "local": local_fit(encoder, data.train, device, batch), "stage1": stage1_of(settings, out)}
+
+    @cache
+    def stage1():
+        return load_unet(known["stage1"], device)
+
+    def grids(images, local):                       # with what dissolving removes, where stage 1 is there
+        if not known["stage1"]:
+            return [local]
+        pixels, t_range = settings["dissolve_size"], settings["t_range"]
+        return [local, removed_maps(*stage1(), images, pixels, t_range, device)]
 
     def measure(images, scores, maps):
         found, grid = {}, None
@@ -317,16 +333,14 @@ def dia_run(out, state, device, passes, batch, data):
         if "local" in scores or maps:
             grid = local_maps(known["local"], encoder, images, device)
             found["local"] = grid.amax(1)
+        if maps:
+            grid = together(grids(images, grid), known["scales"])
         return {score: found[score] for score in scores}, grid
 
-    if known is None:
-        data = data or data_of(settings, out, ("train",))
-        stats = training_stats(out, state, encoder, data, passes, device, batch)
-        known = {**{k: stats[k] for k in ("axis", "w", "v")},
-                 **{k: data.digests[k].tolist() for k in ("train", "held")},
-                 "local": local_fit(encoder, data.train, device, batch)}
-        made = Run(out, settings, measure, known, batch)
-        scores, maps = made.parts(data.held, SCORES, maps=True)
+    if made:
+        local = local_maps(known["local"], encoder, data.held, device)
+        known["scales"] = [colours(grid) for grid in grids(data.held, local)]
+        scores, maps = Run(out, settings, measure, known, batch).parts(data.held, SCORES, maps=True)
         known |= {"held_scores": scores, "calibration_half": data.calibration, **colours(maps)}
         save_checkpoint(out / "predict.pt", "predict", key, known)
     return Run(out, settings, measure, calibrated(known, out), batch)

@@ -194,7 +194,7 @@ def test_scores_are_those_of_evaluate_for_the_same_images(scored, folder):
 
 
 def test_heat_maps_of_own_images(scored, scans, tmp_path):
-    """Over each image at its own size; the raw map is that of `local`, whichever score ranks."""
+    """Over each image at its own size, whichever score ranks."""
     assert call(predict, scored[0], scans, "--passes", 2, "--maps", "--to", tmp_path) is None
     run = predict.load_run(scored[0], passes=2)
     for file in (f for f in scans.rglob("*") if f.suffix in (".jpg", ".bmp", ".png") and f.name[0] != "."):
@@ -202,9 +202,35 @@ def test_heat_maps_of_own_images(scored, scans, tmp_path):
         grid, heat = np.load(tmp_path / f"maps/{name}.npy"), run.heat_map(file)
         with Image.open(file) as image, Image.open(tmp_path / f"maps/{name}.png") as picture:
             assert picture.size == image.size == heat.shape[::-1]
-        assert grid.max() == pytest.approx(run.score(file, "local")[0][0], abs=2e-3)
+        assert grid.shape == (32, 32)                                       # the dissolving size
         assert grid.min() - 2e-3 <= heat.min() and heat.max() <= grid.max() + 2e-3
     assert (tmp_path / "scores.csv").exists() and "low" in run.known and run.known["low"] < run.known["high"]
+
+
+def test_heat_map_adds_up_the_local_score_and_what_dissolving_removes(scored, none_held, folder):
+    """Each in units of held-out normals; the local score alone where no stage 1 was used."""
+    run, data = predict.load_run(scored[0], passes=2), load_data(str(folder), 40, holdout=0.3)
+    cpu, new = torch.device("cpu"), data.test[:5]
+    state = dia_lib.load_checkpoint(scored[0] / "dia.pt", "dia", "cpu")
+    encoder, stage1 = dia_lib.load_encoder(state, cpu), dia_lib.load_checkpoint(
+        scored[0] / "diffusion.pt", "diffusion", "cpu")
+    unet, abar = dia_lib.load_unet(stage1, cpu)
+    x = torch.nn.functional.interpolate(new / 255, (32, 32), mode="bilinear", antialias=True)
+    gone = sum((x - dia_lib.to_01(dia_lib.dissolve(unet, x * 2 - 1, torch.full((5,), t), abar))).abs()
+               for t in (30, 54, 79, 104, 129)).mean(1) / 5                 # (5, 32, 32)
+    assert torch.allclose(local.removed_maps(unet, abar, new, 32, (30, 130), cpu), gone.flatten(1), atol=0.01)
+    maps = [[local.local_maps(run.known["local"], encoder, images, cpu),
+             local.removed_maps(unet, abar, images, 32, (30, 130), cpu)] for images in (data.held, new)]
+    units = []
+    for of_held, of_test in zip(*maps, strict=True):
+        low, high = np.quantile(of_held.numpy(), [0.5, 0.999])
+        side = round(of_test.shape[1] ** 0.5)
+        grid = (of_test.view(-1, 1, side, side) - low) / (2 * high - 2 * low)
+        units.append(torch.nn.functional.interpolate(grid, (32, 32), mode="bilinear").flatten(1))
+    found = run.parts(new, (), maps=True)[1]
+    assert torch.allclose(found, units[0] + units[1], atol=0.05) and found.std() > 0.1
+    csi = predict.load_run(none_held, passes=1)
+    assert csi.known["stage1"] is None and csi.parts(new, (), maps=True)[1].shape[1] < 32 * 32
 
 
 def test_held_out_normals_calibrate_but_for_those_that_something_was_chosen_by(scored, folder, tmp_path):
