@@ -100,14 +100,12 @@ def data_to_score(settings, out, stats, args):
 
     stats: of the run's training images, which another set needs, or None.
     """
-    size, trained = settings["image_size"], set(stats["train"].tolist()) if stats else set()
-    normal = args.normal_class or settings["normal_class"]
+    size, normal = settings["image_size"], args.normal_class or settings["normal_class"]
     try:
         train = args.data and load_data(args.data, size, ("train",), settings["holdout"], normal)
-        mine = [digest in trained for digest in train.digests["train"].tolist()] if train else []
     except SystemExit:                                                      # no train, or none that serves
-        train, mine = None, [False]
-    if not args.data or 2 * sum(mine) > len(mine) or train and train.fingerprint == settings["fingerprint"]:
+        train = None
+    if not args.data or train and train.fingerprint == settings["fingerprint"]:
         return data_of(settings, out, data=args.data, normal_class=args.normal_class), out
     if not stats:
         raise SystemExit(f"{out} was trained on other images than --data {args.data} has. To score it on "
@@ -121,6 +119,7 @@ def data_to_score(settings, out, stats, args):
         print("warning: prepared with the window {}, the training images with {}".format(*windows))
     if data.test.shape[1] > settings["channels"]:
         print("warning: some of these images are in colour, and no training image was: they are made grey")
+    trained = set(stats["train"].tolist())
     if copies := sum(digest in trained for digest in data.digests["test"].tolist()):
         print(f"warning: {copies} of these images were trained on: their scores mean nothing")
     return data, new_folder(out / "tests" / data.name)
