@@ -111,7 +111,7 @@ def data_to_score(settings, out, stats, args):
         raise SystemExit(f"{out} was trained on other images than --data {args.data} has. To score it on "
                          f"another set, score it on its own first (no --data, --passes {args.passes}).")
     data = load_data(args.data, size, ("test",), normal_class=args.normal_class)
-    print(f"note: {out} was not trained on {data.name}, of which the test images alone are read")
+    print(f"note: {out} was trained on other images: only the test images of {data.name} are read")
     if data.test.shape[-1] != size:
         raise SystemExit(f"{data.name} has images of {data.test.shape[-1]} px; {out} needs {size} px.")
     windows = data.defaults["window"], settings.get("window")

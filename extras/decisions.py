@@ -64,8 +64,9 @@ def impossible(n, fpr):
     if n == 0:
         return "no decisions: no normals were held out for calibration in training (--holdout)"
     if expected_rate(fpr, n) == 0:
-        best = 1.006 / (n + 1)                                              # which makes 3 digits round up
-        return (f"no decisions: {n} calibration normals can promise --fpr {best:.3g} at best; {fpr:g} needs "
+        digit = 10.0 ** (math.floor(math.log10(1 / (n + 1))) - 2)           # the third; rounded up
+        best = math.ceil(1 / (n + 1) / digit - 1e-9) * digit
+        return (f"no decisions: with {n} calibration normals the smallest --fpr is {best:.3g}; {fpr:g} needs "
                 f"{math.ceil(1 / fpr - 1e-9) - 1}: take more normals, or more of them by --holdout")
     return None
 
@@ -76,10 +77,10 @@ def promise(calibration, fpr, left_out=False):
     left_out: some of the calibration scores are leave-one-out.
     """
     n, rate = len(calibration), expected_rate(fpr, len(calibration))
-    chance = f"about {rate:.2g}" if left_out else (
-        f"{rate:.2g} on average, and in 19 of 20 runs at most {highest_rate(fpr, n):.2g}")
-    return (f"scores above {threshold(calibration, fpr):.6g}, by {n} calibration normals; the chance of a "
-            f"new normal image to be called one is {chance}")
+    chance = f"a chance of about {rate:.2g}" if left_out else (
+        f"a chance of {rate:.2g} on average, in 19 of 20 runs of at most {highest_rate(fpr, n):.2g}")
+    return (f"scores above {threshold(calibration, fpr):.6g}, by {n} calibration normals; a new normal image "
+            f"is there with {chance}")
 
 
 def threshold(calibration, fpr):

@@ -59,8 +59,8 @@ def arguments(argv=None):
     parser.add_argument("--score", choices=SCORES, help="of a run of train_dia.py: csi, the "
                         "paper's; cos, its cosine alone; local, nearest neighbour of local features "
                         "(default: csi)")
-    parser.add_argument("--fpr", type=number(float, above=0, high=0.99), default=0.05,
-                        help="share of normal images that may be called anomalies (default: 0.05)")
+    parser.add_argument("--fpr", type=number(float, above=0, high=0.99), help="share of normal images that "
+                        "may be called anomalies (default: the run's, or else 0.05)")
     parser.add_argument("--maps", action="store_true", help="write a heat map of each image to TO/maps: over "
                         "the image (.png), and the scores of its patches (.npy)")
     parser.add_argument("--passes", type=number(), default=10, help="test-time passes averaged (default: 10)")
@@ -110,7 +110,7 @@ def files_of(sources):
             raise SystemExit(f"{source}: no image below it; looked for {READ}; {LEFT}.")
         found += files
     if other:
-        print(f"note: {other} other files there are left out; images are {READ}")
+        print(f"note: left out, since they are no images: {other} files; images are {READ}")
     alone = len(folders) == 1 and folders[0].is_dir()
     return found, folders[0] if alone else Path(os.path.commonpath([f.parent for f in found]))
 
@@ -272,6 +272,8 @@ def size_of(settings):
 
 def method_of(out):
     """Which method left a run in a folder, "dia" or one of weakly_supervised; its dia.pt or predict.pt."""
+    if out.parent.name == "tests" and (out.parent.parent / "dia.pt").exists():
+        raise SystemExit(f"{out} is a test of {out.parent.parent}: give that folder.")
     if (out / "dia.pt").exists() or not out.is_dir():
         return "dia", load_checkpoint(out / "dia.pt", "dia", "cpu")
     several = sorted(path.parent.name for path in out.glob("shots-*/predict.pt"))
@@ -307,13 +309,15 @@ def calibrated(known, out):
 def dia_run(out, state, device, passes, batch, data):
     """The Run of a dia.pt; RUN/predict.pt is made where it is missing, or of another checkpoint or passes."""
     settings, encoder, key = state["settings"], load_encoder(state, device), key_of(state, passes)
-    known, made = remembered(out / "predict.pt", "predict", key), False
-    if known is None:
+    known, made, first = remembered(out / "predict.pt", "predict", key), False, None
+    if known is None or known["stage1"] is None:
+        first = stage1_of(settings, out)
+    if known is None or known["stage1"] is None and first:
         made, data = True, data or data_of(settings, out, ("train",))
         stats = training_stats(out, state, encoder, data, passes, device, batch)
         known = {**{k: stats[k] for k in ("axis", "w", "v")},
                  **{k: data.digests[k].tolist() for k in ("train", "held")},
-                 "local": local_fit(encoder, data.train, device, batch), "stage1": stage1_of(settings, out)}
+                 "local": local_fit(encoder, data.train, device, batch), "stage1": first}
 
     @cache
     def stage1():
@@ -380,6 +384,10 @@ def look_at(sources, window):
         twice = next(name for name in names if names.count(name) > 1)
         raise SystemExit(f"{root}: two files would both be called {twice}: rename one.")
     _, _, deep = read_files(files, 1, window)                           # one pixel of each: they need no room
+    narrow = sum(levels < 64 for levels in deep)
+    if narrow and not window:
+        print(f"warning: {narrow} of {len(files)} images have 16 bits and fewer than 64 of 256 grey levels: "
+              "they may be scans of 12 bits, which look black here; see python -m extras.prepare")
     if window and len(deep) + sum(f.suffix.lower() not in SUFFIXES for f in files) < len(files):
         print("note: some have 8 bits; the run's images were made of values {:g} to {:g}".format(*window))
     return files, names
@@ -418,7 +426,7 @@ def score_images(run, files, names, score, fpr, maps, to):
     decided = impossible(n, fpr) or (f"{int((p <= fpr).sum())} anomalies at --fpr {fpr:g} "
                                      f"({promise(calibration, fpr, left_out)})")
     wrote = ", ".join(["scores.csv", "examples.png", *["maps/"] * maps])
-    print(f"{len(names)} images: {decided}; wrote {wrote} to {to}")
+    print(f"{len(names)} images: {decided}\nwrote {wrote} to {to}")
 
 
 def score_test(run, data, fpr):
@@ -452,14 +460,15 @@ def main():
     if args.test and len(set(data.labels.tolist())) != 2:
         raise SystemExit(f"--test: {data.name} has no test set with both normal and anomalous images.")
     loaded = load_run(out, device, args.passes, args.batch_size, data)
+    fpr = args.fpr or settings.get("fpr", 0.05)
     if args.test:
-        score_test(loaded, data, args.fpr)
+        score_test(loaded, data, fpr)
     else:
         name = Path(args.images[0]).expanduser().resolve().name
         alone = len(args.images) == 1 and Path(args.images[0]).expanduser().exists()
         name = name if alone else "images"
         to = Path(args.to) if args.to else new_folder(out / "images" / name)
-        score_images(loaded, *found, args.score or loaded.scores[0], args.fpr, args.maps, to)
+        score_images(loaded, *found, args.score or loaded.scores[0], fpr, args.maps, to)
 
 
 if __name__ == "__main__":

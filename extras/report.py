@@ -230,7 +230,7 @@ def groups_table(results):
 def decision_table(results):
     """What deciding by p <= fpr did, as in extras.predict; or why there is no decision."""
     if "trained_on" in results.metrics:
-        return paragraph("None are made for another set than the run's own.")
+        return paragraph("There are none: these images are of another set than the run's own.")
     if results.n is None:
         return paragraph(f"None yet: python -m extras.predict {results.out} --test makes them.")
     if said := impossible(results.n, results.fpr):

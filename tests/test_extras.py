@@ -88,9 +88,11 @@ def test_the_highest_rate_is_kept_by_19_of_20_sets_of_calibration_images():
     assert (rates <= found).mean() == pytest.approx(0.95, abs=0.014)            # four standard errors
     assert rates.mean() == pytest.approx(3 / 61, abs=0.002) and decisions.highest_rate(0.05, 18) == 0
     said = decisions.promise(np.arange(60), 0.05)
-    assert said.startswith("scores above 57, by 60 calibration normals; the chance of a new normal image to ")
-    assert said.endswith("be called one is 0.049 on average, and in 19 of 20 runs at most 0.1")
-    assert decisions.promise(np.arange(60), 0.05, True).endswith("is about 0.049")
+    assert said == ("scores above 57, by 60 calibration normals; a new normal image is there with a chance "
+                    "of 0.049 on average, in 19 of 20 runs of at most 0.1")
+    assert decisions.promise(np.arange(60), 0.05, True).endswith("with a chance of about 0.049")
+    for n, best in ((7, "0.125;"), (6, "0.143;"), (13, "0.0715;"), (1999, "0.0005;")):
+        assert f"the smallest --fpr is {best}" in decisions.impossible(n, 1e-6)
 
 
 # ---- Images of one's own ---------------------------------------------------------------------------------
@@ -135,11 +137,11 @@ def test_own_images_are_scored_without_labels_and_without_the_training_data(scor
     rows = table(to / "scores.csv")
     assert rows == table(out / "images/scans/scores.csv")
     n = len(dia_lib.load_checkpoint(out / "predict.pt", "predict", "cpu")["held_scores"]["csi"])
-    assert "note: 1 other files" in printed and "note: 1 of these images were trained on" in printed
+    assert "no images: 1 files" in printed and "note: 1 of these images were trained on" in printed
     anomalies = sum(r["anomaly"] == "1" for r in rows)
     words = re.fullmatch(f"5 images: {anomalies} anomalies at --fpr 0.4 \\(scores above (.*), by {n} "
-                         rf"calibration normals; the chance .*\); wrote scores.csv, examples.png to {to}",
-                         printed.splitlines()[-1])
+                         rf"calibration normals; a new normal .*\)", printed.splitlines()[-2])
+    assert printed.splitlines()[-1] == f"wrote scores.csv, examples.png to {to}"
     assert [float(r["score"]) > float(words[1]) for r in rows] == [r["anomaly"] == "1" for r in rows]
     assert list(rows[0]) == ["path", "score", "p_value", "anomaly", "seen"]
     assert {r["path"] for r in rows} == {"a.jpg", "ward/c.bmp", "ward/b/line.png", "known.png", "held.png"}
@@ -162,7 +164,7 @@ def test_above_the_threshold_is_the_same_as_a_small_p_value(n, fpr):
 
 def test_too_few_calibration_images_leave_the_column_anomaly_empty(scored, scans, tmp_path, capsys):
     assert call(predict, scored[0], scans, "--passes", 2, "--to", tmp_path) is None     # --fpr 0.05
-    said = "5 images: no decisions: 13 calibration normals can promise --fpr 0.0719 at best; 0.05 needs 19"
+    said = "5 images: no decisions: with 13 calibration normals the smallest --fpr is 0.0715; 0.05 needs 19"
     assert said in capsys.readouterr().out
     rows = table(tmp_path / "scores.csv")
     assert {r["anomaly"] for r in rows} == {""} and all(0 < float(r["p_value"]) <= 1 for r in rows)
@@ -231,6 +233,22 @@ def test_heat_map_adds_up_the_local_score_and_what_dissolving_removes(scored, no
     assert torch.allclose(found, units[0] + units[1], atol=0.05) and found.std() > 0.1
     csi = predict.load_run(none_held, passes=1)
     assert csi.known["stage1"] is None and csi.parts(new, (), maps=True)[1].shape[1] < 32 * 32
+
+
+def test_stage_1_that_comes_back_is_used_again(own_chain, folder, capsys):
+    """Without it heat maps do with the local score, which is said; predict.pt is made anew with it."""
+    path, grids = own_chain / "diffusion.pt", []
+    state = dia_lib.load_checkpoint(own_chain / "dia.pt", "dia", "cpu")
+    settings = state.pop("settings") | {"diffusion": str(path)}
+    dia_lib.save_checkpoint(own_chain / "dia.pt", "dia", settings, state)
+    for there in (False, False, True, False):
+        if there != path.exists():
+            path.rename(own_chain / "away.pt") if path.exists() else (own_chain / "away.pt").rename(path)
+        run = predict.load_run(own_chain, passes=1)
+        said = "is gone: heat maps do without" in capsys.readouterr().out
+        grids.append(run.parts(load_data(str(folder), 40, holdout=0.3).test[:2], (), maps=True)[1].shape[1])
+        assert said == (len(grids) < 3)
+    assert grids[0] == grids[1] < grids[2] == grids[3] == 32 * 32
 
 
 def test_held_out_normals_calibrate_but_for_those_that_something_was_chosen_by(scored, folder, tmp_path):
@@ -316,7 +334,7 @@ def test_test_set_gives_auroc_and_decisions_of_every_score(scored, folder, capsy
         assert f"{score:5s} AUROC {found['auroc']:.4f}  false positive rate" in printed
     assert call(predict, out, "--test", "--passes", 2) is None                          # --fpr 0.05
     printed = capsys.readouterr().out
-    assert "no decisions: 13" in printed and "false positive rate" not in printed
+    assert "no decisions: with 13" in printed and "false positive rate" not in printed
 
 
 @pytest.fixture(scope="module")

@@ -136,12 +136,12 @@ def test_a_pattern_leaves_out_what_is_no_image(one, folder, tmp_path, capsys):
     shutil.copy(folder / "test/dent/000.png", tmp_path / "a b.png")
     (tmp_path / "notes.txt").write_text("no image")
     assert call(predict, one, tmp_path / "*", "--to", tmp_path / "to") is None
-    assert "note: 1 other files there are left out" in capsys.readouterr().out
+    assert "left out, since they are no images: 1 files" in capsys.readouterr().out
     assert set(rows_of(tmp_path / "to/scores.csv")) == {"a b.png"}
     assert "notes.txt" in call(predict, one, tmp_path / "notes.txt", "--to", tmp_path / "2")
 
 
-def test_images_are_read_in_batches_and_judged_as_one_set(one, tmp_path):
+def test_images_are_read_in_batches_and_judged_as_one_set(one, tmp_path, capsys):
     """Grey and colour in any batch; a 16-bit image of few grey levels, which alone would be refused."""
     rng, scans = np.random.default_rng(0), tmp_path / "scans"
     scans.mkdir()
@@ -155,6 +155,8 @@ def test_images_are_read_in_batches_and_judged_as_one_set(one, tmp_path):
         rows = rows_of(tmp_path / str(size) / "scores.csv")
         found.append([float(rows[name]["score"]) for name in sorted(rows)])
         assert np.asarray(Image.open(tmp_path / str(size) / "examples.png")).std() > 10
+        said = "1 of 6 images have 16 bits and fewer than 64 of 256 grey levels"
+        assert said in capsys.readouterr().out
     assert len(found[0]) == 6 and np.ptp(found, axis=0).max() < 1e-3 * np.std(found[0])
     for path in scans.glob("[0-9c]*"):
         path.unlink()

@@ -21,7 +21,7 @@ import dia_lib
 import evaluate
 import train_dia
 import train_diffusion
-from extras import report
+from extras import predict, report
 
 
 class Stop(Exception):
@@ -427,7 +427,7 @@ def test_a_run_is_scored_on_another_test_set(own_chain, folder, tmp_path, capsys
     before = {path.name: path.read_bytes() for path in own_chain.iterdir() if path.is_file()}
     assert call(evaluate, *words, "--data", new) is None
     printed = capsys.readouterr().out
-    assert "new: 40 px, test alone" in printed and "was not trained on new" in printed
+    assert "new: 40 px, test alone" in printed and "only the test images of new are read" in printed
     assert "warning" not in printed
     assert (own_chain / "tests/new/scores.csv").read_bytes() == before["scores.csv"]
     metrics, own = (json.loads((own_chain / name).read_text()) for name in
@@ -451,6 +451,7 @@ def test_a_run_is_scored_on_another_test_set(own_chain, folder, tmp_path, capsys
     np.savez(tmp_path / "other.npz", test_images=images, test_labels=np.array([0, 1, 0, 1]))
     assert call(evaluate, *words, "--data", tmp_path / "other.npz", "--normal-class", 1) is None
     assert len((own_chain / "tests/other/scores.csv").read_text().splitlines()) == 5
+    assert "is a test of" in call(predict, own_chain / "tests/new", folder / "test")
     assert call(report, own_chain / "tests/new") is None
     assert "trained_on" in (own_chain / "tests/new/report.html").read_text()
     (own_chain / "stats.pt").unlink()

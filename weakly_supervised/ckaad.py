@@ -58,8 +58,8 @@ class AutoEncoder(nn.Module):
     """Maps [(n, C_s, h_s, w_s), ...], each half the size of the one before -> their reconstructions.  Eq. 1.
 
     channels: C_s of each.  signed: the features are no ReLU's output, and may be negative.  sizes: the maps'
-    root mean squares, by which they are divided before they are fused: efficientnet_lite0's third is seven
-    times its second. What is read of reconstructions does not depend on their scale.
+    root mean squares, by which they are divided before they are fused. What is read of reconstructions does
+    not depend on their scale.
     """
 
     def __init__(self, channels, signed=False, sizes=None):
