@@ -101,15 +101,16 @@ def data_to_score(settings, out, stats, args):
     stats: of the run's training images, which another set needs, or None.
     """
     size, normal = settings["image_size"], args.normal_class or settings["normal_class"]
+    why = f"{out} was trained on other images than --data {args.data} has."
     try:
         train = args.data and load_data(args.data, size, ("train",), settings["holdout"], normal)
-    except SystemExit:                                                      # no train, or none that serves
-        train = None
+    except SystemExit as error:                                             # no train, or none that serves
+        train, why = None, error
     if not args.data or train and train.fingerprint == settings["fingerprint"]:
         return data_of(settings, out, data=args.data, normal_class=args.normal_class), out
     if not stats:
-        raise SystemExit(f"{out} was trained on other images than --data {args.data} has. To score it on "
-                         f"another set, score it on its own first (no --data, --passes {args.passes}).")
+        raise SystemExit(f"{why} To score {out} on another set than its own, score it on its own first, by "
+                         f"--passes {args.passes}.")
     data = load_data(args.data, size, ("test",), normal_class=args.normal_class)
     print(f"note: {out} was trained on other images: only the test images of {data.name} are read")
     if data.test.shape[-1] != size:

@@ -77,10 +77,11 @@ def promise(calibration, fpr, left_out=False):
     left_out: some of the calibration scores are leave-one-out.
     """
     n, rate = len(calibration), expected_rate(fpr, len(calibration))
-    chance = f"a chance of about {rate:.2g}" if left_out else (
-        f"a chance of {rate:.2g} on average, in 19 of 20 runs of at most {highest_rate(fpr, n):.2g}")
-    return (f"scores above {threshold(calibration, fpr):.6g}, by {n} calibration normals; a new normal image "
-            f"is there with {chance}")
+    about, most = ("about ", "") if left_out else (
+        "", f" on average, for 19 of 20 such sets of normals at most {highest_rate(fpr, n):.2g}")
+    limit = threshold(calibration, fpr)
+    return (f"scores above {limit:.6g}, by {n} calibration normals; {about}{rate:.2g} of new normal images "
+            f"are above it{most}")
 
 
 def threshold(calibration, fpr):

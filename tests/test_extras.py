@@ -88,9 +88,10 @@ def test_the_highest_rate_is_kept_by_19_of_20_sets_of_calibration_images():
     assert (rates <= found).mean() == pytest.approx(0.95, abs=0.014)            # four standard errors
     assert rates.mean() == pytest.approx(3 / 61, abs=0.002) and decisions.highest_rate(0.05, 18) == 0
     said = decisions.promise(np.arange(60), 0.05)
-    assert said == ("scores above 57, by 60 calibration normals; a new normal image is there with a chance "
-                    "of 0.049 on average, in 19 of 20 runs of at most 0.1")
-    assert decisions.promise(np.arange(60), 0.05, True).endswith("with a chance of about 0.049")
+    assert said == ("scores above 57, by 60 calibration normals; 0.049 of new normal images are above it on "
+                    "average, for 19 of 20 such sets of normals at most 0.1")
+    said = decisions.promise(np.arange(60), 0.05, True)
+    assert said.endswith("; about 0.049 of new normal images are above it")
     for n, best in ((7, "0.125;"), (6, "0.143;"), (13, "0.0715;"), (1999, "0.0005;")):
         assert f"the smallest --fpr is {best}" in decisions.impossible(n, 1e-6)
 
@@ -140,7 +141,7 @@ def test_own_images_are_scored_without_labels_and_without_the_training_data(scor
     assert "no images: 1 files" in printed and "note: 1 of these images were trained on" in printed
     anomalies = sum(r["anomaly"] == "1" for r in rows)
     words = re.fullmatch(f"5 images: {anomalies} anomalies at --fpr 0.4 \\(scores above (.*), by {n} "
-                         rf"calibration normals; a new normal .*\)", printed.splitlines()[-2])
+                         rf"calibration normals; .* of new normal .*\)", printed.splitlines()[-2])
     assert printed.splitlines()[-1] == f"wrote scores.csv, examples.png to {to}"
     assert [float(r["score"]) > float(words[1]) for r in rows] == [r["anomaly"] == "1" for r in rows]
     assert list(rows[0]) == ["path", "score", "p_value", "anomaly", "seen"]

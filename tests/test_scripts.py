@@ -455,7 +455,7 @@ def test_a_run_is_scored_on_another_test_set(own_chain, folder, tmp_path, capsys
     assert call(report, own_chain / "tests/new") is None
     assert "trained_on" in (own_chain / "tests/new/report.html").read_text()
     (own_chain / "stats.pt").unlink()
-    assert "score it on its own first" in call(evaluate, *words, "--data", new)
+    assert "another set than its own, score it on its own first" in call(evaluate, *words, "--data", new)
 
 
 def test_test_set_with_one_label_only(folder, tmp_path):

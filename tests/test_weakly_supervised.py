@@ -300,7 +300,7 @@ def test_nearest_from_the_command_line(tiny, folder, tmp_path, capsys):
     assert fewer == pytest.approx(metrics["patches_kept"] * 4 / 10, abs=1)     # a tenth of four times as many
     # Without any held out, all training images calibrate, each left out in turn.
     assert call(nearest, *tiny, "--holdout", 0, "--out", tmp_path / "none") is None
-    assert re.search("by 40 calibration normals; a new .* of about", capsys.readouterr().out)
+    assert re.search("by 40 calibration normals; about .* of new", capsys.readouterr().out)
     none = json.loads((tmp_path / "none/metrics.json").read_text())
     assert none["decision"]["calibration_normals"] == 40 and none["val_auroc"] is None
     # A training image has distance 0 when all patches are kept.
