@@ -23,6 +23,7 @@ from scipy.stats import beta, kstest
 from sklearn.metrics import roc_auc_score
 
 import dia_lib
+import evaluate
 import train_dia
 from dia_lib import load_data
 from extras import choose, decisions, local, predict, report, tables
@@ -234,6 +235,15 @@ def test_heat_map_adds_up_the_local_score_and_what_dissolving_removes(scored, no
     assert torch.allclose(found, units[0] + units[1], atol=0.05) and found.std() > 0.1
     csi = predict.load_run(none_held, passes=1)
     assert csi.known["stage1"] is None and csi.parts(new, (), maps=True)[1].shape[1] < 32 * 32
+
+
+def test_the_page_of_another_test_set_says_what_the_run_was_trained_on(own_chain, folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(folder / "test", tmp_path / "new/test")
+    assert call(evaluate, "--out", own_chain, "--passes", 2, "--data", tmp_path / "new") is None
+    assert call(report, own_chain / "tests/new") is None
+    html = (own_chain / "tests/new/report.html").read_text()
+    assert "trained_on" in html and "images are of another set than the run" in html and str(folder) in html
 
 
 def test_stage_1_that_comes_back_is_used_again(own_chain, folder, capsys):
