@@ -76,7 +76,7 @@ def evaluate(out, args, device):
                "settings": {**s, "data": args.data or s["data"]}}
     if to != out:                                                           # another set than the run's own
         metrics |= {"trained_on": s["data"]}
-        metrics["settings"]["normal_class"] = args.normal_class or s["normal_class"]
+        metrics["settings"]["normal_class"] = args.normal_class             # the run's says nothing of it
 
     with whole(to / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1))
