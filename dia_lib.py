@@ -194,11 +194,16 @@ class UNet(nn.Module):
         return self.out(self.last(torch.cat([h, skips.pop()], 1), temb))
 
 
+def ema_weight(step):
+    """1 - decay of the average after step i, decay = min(0.9995, (1+i)/(10+i)): a tensor, see `Step`."""
+    return torch.tensor(1 - min(0.9995, (1 + step) / (10 + step)))
+
+
 @torch.no_grad()
-def update_ema(ema, model, step):
-    """Move the averaged weights towards the model's after step i; decay min(0.9995, (1+i)/(10+i))."""
-    decay = min(0.9995, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def update_ema(ema, model, weight):
+    """Move the averaged weights towards the model's, by weight ()."""
+    averaged = list(ema.parameters())
+    torch._foreach_lerp_(averaged, list(model.parameters()), [weight] * len(averaged))
 
 
 # ---- Views: A_k = T S_k D. Flip, dissolve (view 2), shift, augment, in this order ----------------------
@@ -477,6 +482,7 @@ def csi_score(stats, z, logits):
 # ==========================================================================================================
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+COMPILED = 20000        # steps from which on torch.compile is taken to pay, on CUDA
 PREPARE = ("Images of 8 bits are read, and of 16 that fill their range; python -m extras.prepare FOLDER NEW "
            "makes such of others.")
 MASKS = {"ground_truth", "groundtruth", "gt", "mask", "masks"}          # folders that are not read
@@ -968,7 +974,54 @@ def pick_device(name):
     except (RuntimeError, AssertionError):
         raise SystemExit(f"--device {name}: this machine or this build of torch has no such device. "
                          "Use --device cpu, or leave it out.") from None
-    return torch.device(name)
+    device = torch.device(name)
+    torch.backends.cudnn.benchmark = True                                   # most shapes stay the same
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)                                       # whose streams are current
+    return device
+
+
+def launches(name, steps, device):
+    """(torch.compile?, a CUDA graph?), by --launch and the number of steps. Exits where it can't be."""
+    name = name or ("compile" if device.type == "cuda" and steps >= COMPILED else "eager")
+    if name in ("graph", "both") and device.type != "cuda":
+        raise SystemExit(f"--launch {name}: CUDA graphs need an NVIDIA GPU, and this is {device}.")
+    return name in ("compile", "both"), name in ("graph", "both")
+
+
+class Step:
+    """A step of training as one call; with graph=True, on CUDA, as one launch instead of thousands.
+
+    function: tensors on the device -> tensors. The first three calls run it as it is, the fourth records it
+    (torch.cuda.graph), and that is replayed on later inputs. So what differs from step to step is an input,
+    or a tensor that function itself changes, and never a number.
+    __call__(*inputs): tensors on the CPU, of the same shapes each time -> what function returns, to keep.
+    """
+
+    def __init__(self, function, device, graph=False):
+        self.function, self.device, self.calls = function, device, 0
+        self.graph = torch.cuda.CUDAGraph() if graph else None
+        self.stream = torch.cuda.Stream(device) if graph else None
+
+    def __call__(self, *inputs):
+        if not self.graph:
+            return self.function(*(send(x, self.device) for x in inputs))
+        self.calls += 1
+        if self.calls == 1:
+            self.inputs = [torch.empty_like(x, device=self.device) for x in inputs]
+        for place, x in zip(self.inputs, inputs, strict=True):
+            place.copy_(x.pin_memory(), non_blocking=True)
+        if self.calls < 4:                                                  # on the stream that will record
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.outputs = self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            if self.calls == 4:                                             # records, and computes nothing
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.outputs = self.function(*self.inputs)
+            self.graph.replay()
+        return [x.clone() for x in self.outputs]                            # the next replay writes over them
 
 
 def autocast(device):
@@ -1088,6 +1141,9 @@ def load_unet(state, device):
     s = state["settings"]
     unet = UNet(s["channels"], s["dim"]).to(device, memory_format=torch.channels_last)
     unet.load_state_dict(state["ema"])
+    for module in unet.modules():               # what autocast would do in every call
+        if isinstance(module, nn.Conv2d | nn.Linear) and has_bfloat16(device):
+            module.bfloat16()
     return unet.requires_grad_(False).eval(), alpha_bar(s["schedule"]).to(device)
 
 
@@ -1145,8 +1201,9 @@ def training_flags(parser, steps, batch_size, lr):
                         help="share of the normals set aside (default: 0.1)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint and settings")
     parser.add_argument("--quick", action="store_true", help="the paper's method on a laptop's budget")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="torch.compile (default: on CUDA; takes minutes to start on a CPU)")
+    parser.add_argument("--launch", choices=["eager", "compile", "graph", "both"],
+                        help="torch.compile, which takes minutes to start; each step as one CUDA graph, "
+                        f"never run yet (default: eager; compile on CUDA from {COMPILED:,} steps on)")
     parser.add_argument("--steps", type=number(), help=f"optimizer steps (default: {steps})")
     parser.add_argument("--batch-size", type=number(), default=batch_size,
                         help=f"images a step (default: {batch_size})")
@@ -1167,7 +1224,7 @@ def parse_training(parser, kind, quick, argv=None):
     path, state, given = out / f"{kind}.pt", None, {}
     if first.resume and path.exists():
         state = load_checkpoint(path, kind, "cpu")
-        if "optimizer" not in state:
+        if "optimizer" not in state and state["step"] < state["settings"]["steps"]:
             raise SystemExit(f"--resume: {path} was kept by --save-every; resume the folder above it.")
         given = state["settings"]["given"]
         if other := given.keys() - vars(first).keys():
@@ -1183,7 +1240,7 @@ def parse_training(parser, kind, quick, argv=None):
         if getattr(args, name) != given[name]:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {out} was started with "
                              f"{given[name]}. Leave the flag out, or choose another folder with --out.")
-    apart = ("out", "resume", "device", "compile", "quick")
+    apart = ("out", "resume", "device", "launch", "quick")
     args.given, args.out = {k: v for k, v in vars(args).items() if k not in apart}, out
     return args, state
 
@@ -1212,6 +1269,7 @@ class Log:
                 temporary.write_text("".join(line for line, _ in rows))
         before = [row["seconds"] for _, row in rows if row["stage"] == stage and "seconds" in row]
         self.begun = time.perf_counter() - (before[-1] if before else 0.0)
+        self.saved, self.cost = time.perf_counter(), 0.0
 
     def __call__(self, step, show=True, **values):
         with open(self.path, "a") as file:
@@ -1224,12 +1282,24 @@ class Log:
         """Seconds of training so far, those before a --resume among them."""
         return round(time.perf_counter() - self.begun, 1)
 
-    def estimate(self, done, loss):
-        """Called after every step: says once how long the run will take, by the 4 steps after the first 2."""
-        if done == self.start + 2:                          # these two warm up, and compile
+    @contextmanager
+    def saving(self):
+        """Measures what the block costs, which reports and writes a checkpoint."""
+        begun = time.perf_counter()
+        yield
+        self.saved = time.perf_counter()
+        self.cost = self.saved - begun
+
+    def affords(self):
+        """Is it time for a checkpoint: would one like the last take at most 2% of the time since then?"""
+        return time.perf_counter() - self.saved >= 50 * self.cost
+
+    def estimate(self, done, loss, first=2):
+        """Called after every step: says once how long a run will take, by 4 steps after the first ones."""
+        if done == self.start + first:                      # these warm up, compile and record
             loss.item()                                     # wait for the device
             self.warm = time.perf_counter()
-        elif done == self.start + 6:
+        elif done == self.start + first + 4:
             loss.item()
             seconds = (time.perf_counter() - self.warm) / 4
             left = seconds * (self.steps - done)

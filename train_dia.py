@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dia_lib import (
-    Encoder, K, Log, autocast, batch_indices, check_batch, check_loss, check_weights, contrastive_loss,
-    dissolve_view, draw_step, embed, flip, found, load_checkpoint, load_data, load_unet, make_parser,
-    make_views, number, parse_training, pick_device, precision, run, save_checkpoint, send, sha256_of,
+    Encoder, K, Log, Step, autocast, batch_indices, check_batch, check_loss, check_weights, contrastive_loss,
+    dissolve_view, draw_step, embed, flip, found, launches, load_checkpoint, load_data, load_unet,
+    make_parser, make_views, number, parse_training, pick_device, precision, run, save_checkpoint, sha256_of,
     to_float, training_flags,
 )
 
@@ -59,11 +59,12 @@ class LARS(torch.optim.Optimizer):
     Local rate = trust * |w| / (|g| + weight_decay * |w|), 1 where a norm is 0; then SGD with momentum.
     """
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-6, trust=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+    def __init__(self, params, momentum=0.9, weight_decay=1e-6, trust=0.001):
+        super().__init__(params, dict(momentum=momentum, weight_decay=weight_decay, trust=trust))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, lr):
+        """lr: (), the learning rate of this step."""
         for group in self.param_groups:
             decay, params = group["weight_decay"], [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -77,7 +78,7 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(update, list(local.unbind()))
             torch._foreach_mul_(momentum, group["momentum"])
             torch._foreach_add_(momentum, update)
-            torch._foreach_add_(params, momentum, alpha=-group["lr"])
+            torch._foreach_addcmul_(params, momentum, [-lr] * len(params))
 
 
 def learning_rate(step, steps, peak):
@@ -165,18 +166,17 @@ def main():
     encoder = Encoder(channels, K, stem).to(device, memory_format=torch.channels_last)
 
     # Optimizer
-    optimizer = LARS(encoder.parameters(), args.lr)
+    optimizer = LARS(encoder.parameters())
 
     # Resume
-    start = 0
+    start = state["step"] if state else 0
+    if start == args.steps:
+        print(f"stage 2 done: {args.out}/dia.pt has all its {args.steps} steps already")
+        return
     if state:
         encoder.load_state_dict(state["encoder"])
         optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        if start == args.steps:
-            print(f"stage 2 done: {args.out}/dia.pt has all its {args.steps} steps already")
-            return
-    compiled = args.compile if args.compile is not None else device.type == "cuda"
+    compiled, graph = launches(args.launch, args.steps, device)
     forward, unet = (torch.compile(encoder), unet and torch.compile(unet)) if compiled else (encoder, unet)
     log = Log(args.out, "dia", start, args.steps)
     settings = {k: getattr(args, k) for k in args.given}
@@ -188,6 +188,26 @@ def main():
 
     # Train
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)        # (V*K*B,)
+
+    def train_step(u_t, u_flip, u, lr, images, smaller=None):
+        """Draws of `draw_step`; lr (); images (B, C, H, H) and, to be dissolved, (B, C, h, h), uint8."""
+        x = to_float(images, channels, device)                                  # (B, C, H, H)
+        parts = [flip(x, u_v) for u_v in u_flip]                                # V of (B, C, H, H)
+        if smaller is not None:                                                 # the third one is dissolved
+            y = flip(to_float(smaller, channels, device), u_flip[2])            # (B, C, h, h)
+            t = args.t_range[0] + (u_t * (args.t_range[1] - args.t_range[0])).long()            # (B,)
+            parts[2] = dissolve_view(y, size, args.dissolve, unet, t, abar, pixels)
+        x = make_views(parts, args.shift, u)                                    # (V*K*B, C, H, H), Eq. 5
+        with autocast(device):
+            z, logits = forward(x)                                              # (V*K*B, D), (V*K*B, K)
+        contrast = contrastive_loss(z, views, twins=args.twins)                 # Eq. 6-7
+        loss = contrast + args.gamma * F.cross_entropy(logits, labels)          # Eq. 8-9
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(lr)
+        return torch.stack([loss, contrast]).detach(), z.detach(), logits.detach()
+
+    train_step = Step(train_step, device, graph)
     report = max(1, min(100, args.steps // 20))
     every = args.save_every or max(1, min(2000, args.steps // 4))
     running = []
@@ -195,30 +215,17 @@ def main():
                unit_scale=args.batch_size, disable=None)
     for step in bar:
         batch = batch_indices(M, args.batch_size, args.seed, step)
-        u_t, u_flip, u = (send(v, device) for v in draw_step(args.seed, step, views, args.batch_size))
-        x = to_float(data.train[batch], channels, device)                       # (B, C, H, W)
-        parts = [flip(x, u_v) for u_v in u_flip]                                # V of (B, C, H, W)
-        if small is not None:                                                   # the third one is dissolved
-            y = flip(to_float(small[batch], channels, device), u_flip[2])       # (B, C, h, h)
-            t = args.t_range[0] + (u_t * (args.t_range[1] - args.t_range[0])).long()            # (B,)
-            parts[2] = dissolve_view(y, size, args.dissolve, unet, t, abar, pixels)
-        x = make_views(parts, args.shift, u)                                    # (V*K*B, C, H, W), Eq. 5
-        with autocast(device):
-            z, logits = forward(x)                                              # (V*K*B, D), (V*K*B, K)
-        contrast = contrastive_loss(z, views, twins=args.twins)                 # Eq. 6-7
-        loss = contrast + args.gamma * F.cross_entropy(logits, labels)          # Eq. 8-9
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        images = [part[batch] for part in (data.train, small) if part is not None]
+        lr = learning_rate(step, args.steps, args.lr)
+        draws = draw_step(args.seed, step, views, args.batch_size)
+        both, z, logits = train_step(*draws, torch.tensor(lr), *images)
 
         done = step + 1
-        running.append(torch.stack([loss.detach(), contrast.detach()]))
-        log.estimate(done, loss)
-        saving = done % every == 0 or done == args.steps
+        running.append(both)                                                    # loss, its contrastive part
+        log.estimate(done, both[0], 5 if graph else 2)
+        saving = done == args.steps or done % every == 0 and (args.save_every or log.affords())
         if saving or done % report == 0:                               # the only place that waits for results
             (losses, contrasts), running = torch.stack(running, 1).tolist(), []
-            lr = optimizer.param_groups[0]["lr"]
             check_loss(losses, done, lr)
             row = readable(z, logits, labels, views)
             bar.set_postfix(loss=f"{losses[-1]:.3f}", shift_acc=f"{row['shift_acc']:.2f}")
@@ -229,11 +236,13 @@ def main():
             log(done, loss=sum(losses) / len(losses), contrastive=sum(contrasts) / len(contrasts), **row,
                 lr=lr, seconds=log.seconds())
         if saving:
-            result = {"step": done, "encoder": encoder.state_dict()}
-            if args.save_every:
-                save_checkpoint(args.out / f"step-{done}/dia.pt", "dia", settings, result)
-            result["optimizer"] = optimizer.state_dict()
-            save_checkpoint(args.out / "dia.pt", "dia", settings, result)
+            with log.saving():
+                result = {"step": done, "encoder": encoder.state_dict()}
+                if args.save_every:
+                    save_checkpoint(args.out / f"step-{done}/dia.pt", "dia", settings, result)
+                if done < args.steps:
+                    result |= {"optimizer": optimizer.state_dict()}
+                save_checkpoint(args.out / "dia.pt", "dia", settings, result)
     print(f"stage 2 done: {args.out}/dia.pt")
 
 

@@ -11,9 +11,10 @@ from torch.nn.functional import l1_loss
 from tqdm import tqdm
 
 from dia_lib import (
-    Log, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights, dissolve, flip,
-    found, load_data, make_parser, number, pad_to, parse_training, pick_device, precision, q_sample, run,
-    save_checkpoint, save_grid, send, step_generator, to_01, to_float, to_pm1, training_flags, update_ema,
+    Log, Step, UNet, alpha_bar, autocast, batch_indices, check_batch, check_loss, check_weights, dissolve,
+    ema_weight, flip, found, launches, load_data, make_parser, number, pad_to, parse_training, pick_device,
+    precision, q_sample, run, save_checkpoint, save_grid, step_generator, to_01, to_float, to_pm1,
+    training_flags, update_ema,
 )
 
 QUICK = dict(dim=16, steps=600, batch_size=16, lr=1e-3)
@@ -109,19 +110,18 @@ def main():
     abar = alpha_bar(args.schedule).to(device)
 
     # Optimizer
-    optimizer = torch.optim.Adam(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(unet.parameters(), args.lr, (0.9, 0.99), fused=True, capturable=True)
 
     # Resume
-    start = 0
+    start = state["step"] if state else 0
+    if start == args.steps:
+        print(f"stage 1 done: {args.out}/diffusion.pt has all its {args.steps} steps already")
+        return
     if state:
         unet.load_state_dict(state["unet"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        if start == args.steps:
-            print(f"stage 1 done: {args.out}/diffusion.pt has all its {args.steps} steps already")
-            return
-    compiled = args.compile if args.compile is not None else device.type == "cuda"
+    compiled, graph = launches(args.launch, args.steps, device)
     forward = torch.compile(unet) if compiled else unet
     log = Log(args.out, "diffusion", start, args.steps)
     settings = {k: getattr(args, k) for k in args.given}
@@ -131,49 +131,57 @@ def main():
           f"{args.seed}; {precision(device)}", flush=True)
 
     # Train
-    every = args.save_every or max(1, min(2500, args.steps // 4))      # steps between reports and checkpoints
-    running, losses = [], []
-    bar = tqdm(range(start, args.steps), "stage 1", args.steps, initial=start, unit="image",
-               unit_scale=args.batch_size, disable=None)
-    for step in bar:
-        x0 = prepare(data.train[batch_indices(n, args.batch_size, args.seed, step)])            # (B, C, H, W)
-        generator = step_generator("cpu", args.seed, "diffusion", step)
-        u_t, u_flip = send(torch.rand(2, len(x0), generator=generator), device)                 # (B,) each
-        eps = send(torch.randn(x0.shape, generator=generator), device)                          # (B, C, H, W)
-
-        t = (u_t * len(abar)).long()                                                          # (B,) in 0..T-1
-        xt = q_sample(flip(x0, u_flip), t, eps, abar)
+    def train_step(images, u_t, u_flip, eps, weight):
+        """images (B, C, h, h) uint8; u_t, u_flip (B,) in [0, 1); eps (B, C, H, W); weight () of the EMA."""
+        x0, t = flip(prepare(images), u_flip), (u_t * len(abar)).long()     # (B, C, H, W), (B,) in 0..T-1
+        xt = q_sample(x0, t, eps, abar)
         with autocast(device):
             predicted = forward(xt, t)
         loss = l1_loss(predicted.float(), eps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        update_ema(ema, unet, step)
+        update_ema(ema, unet, weight)
+        return [loss.detach()]
+
+    train_step, H = Step(train_step, device, graph), args.dissolve_size
+    every = args.save_every or max(1, min(2500, args.steps // 4))      # steps between reports and checkpoints
+    running, losses = [], []
+    bar = tqdm(range(start, args.steps), "stage 1", args.steps, initial=start, unit="image",
+               unit_scale=args.batch_size, disable=None)
+    for step in bar:
+        images = data.train[batch_indices(n, args.batch_size, args.seed, step)]
+        generator = step_generator("cpu", args.seed, "diffusion", step)
+        u_t, u_flip = torch.rand(2, args.batch_size, generator=generator)
+        eps = torch.randn(args.batch_size, channels, H, H, generator=generator)
+        (loss,) = train_step(images, u_t, u_flip, eps, ema_weight(step))
 
         done = step + 1
-        running.append(loss.detach())
-        log.estimate(done, loss)
-        saving = done % every == 0 or done == args.steps
+        running.append(loss)
+        log.estimate(done, loss, 5 if graph else 2)
+        saving = done == args.steps or done % every == 0 and (args.save_every or log.affords())
         if saving or done % 20 == 0:                                   # the only place that waits for results
             values, running = torch.stack(running).tolist(), []
             check_loss(values, done, args.lr)
             bar.set_postfix(loss=f"{values[-1]:.4f}")
             losses += values
         if saving:
-            check_weights(unet, done, args.lr)
-            on_held = held_out_losses(ema, held, abar) if len(held) else {}
-            log(done, loss=sum(losses) / len(losses), zero=ZERO, **on_held, seconds=log.seconds())
-            losses = []
-            picture(args.out / "dissolving.png", ema, prepare(data.train[:4]), held, abar)
-            if len(held) > 1 and (args.save_every or done == args.steps):
-                memorised(ema, prepare(data.train[:min(n, max(len(held), 32))]), held, abar, log, done,
-                          on_held["held_t30-129"] < ZERO)
-            result = {"step": done, "ema": ema.state_dict()}
-            if args.save_every:
-                save_checkpoint(args.out / f"step-{done}/diffusion.pt", "diffusion", settings, result)
-            save_checkpoint(args.out / "diffusion.pt", "diffusion", settings,
-                            {**result, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()})
+            with log.saving():
+                check_weights(unet, done, args.lr)
+                on_held = held_out_losses(ema, held, abar) if len(held) else {}
+                log(done, loss=sum(losses) / len(losses), zero=ZERO, **on_held, seconds=log.seconds())
+                losses = []
+                picture(args.out / "dissolving.png", ema, prepare(data.train[:4]), held, abar)
+                if len(held) > 1 and (args.save_every or done == args.steps):
+                    memorised(ema, prepare(data.train[:min(n, max(len(held), 32))]), held, abar, log, done,
+                              on_held["held_t30-129"] < ZERO)
+                result = {"step": done, "ema": ema.state_dict()}
+                if args.save_every:
+                    save_checkpoint(args.out / f"step-{done}/diffusion.pt", "diffusion", settings, result)
+                result |= {"unet": unet.state_dict()}
+                if done < args.steps:
+                    result |= {"optimizer": optimizer.state_dict()}
+                save_checkpoint(args.out / "diffusion.pt", "diffusion", settings, result)
     print(f"stage 1 done: {args.out}/diffusion.pt, picture in {args.out}/dissolving.png")
 
 

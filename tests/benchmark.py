@@ -1,8 +1,9 @@
 """Where time and memory go. Run by hand on an idle machine; CI does not run it.
 
-    python tests/benchmark.py                           # all sections but heldout
+    python tests/benchmark.py                           # all sections but heldout and gpu
     python tests/benchmark.py stage2 --sizes 64         # one section
     python tests/benchmark.py heldout                   # train our UNet and theirs, compare held-out losses
+    python tests/benchmark.py gpu                       # both scripts on a GPU, in two minutes
 
 Each section prints a table. What is compared runs in turns, a step of one, a step of the other, each in a
 process of its own; times are medians of --repeats steps after two of warm-up, memory is a process's peak.
@@ -10,14 +11,17 @@ Sections stage1 and heldout need `pip install denoising-diffusion-pytorch`.
 """
 
 import json
+import math
 import multiprocessing
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +34,7 @@ import train_diffusion
 
 CPU = torch.device("cpu")
 B, K = 32, lib.K
+SIZES = [64, 96, 128, 224]
 
 
 # ---- Measuring -----------------------------------------------------------------------------------------
@@ -42,6 +47,8 @@ def worker(pipe, build, args):
     while pipe.recv():
         begun = time.perf_counter()
         part = step()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - begun
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6                 # GB on Linux
         pipe.send((seconds, part, peak))
@@ -84,21 +91,22 @@ def gmacs(module, *inputs):
 
 def finish_step(encoder, optimizer, x):
     """Forward, losses, backward, optimizer: the same on both sides."""
-    with lib.autocast(CPU):
+    with lib.autocast(x.device):
         z, logits = encoder(x)
-    labels = torch.arange(K).repeat_interleave(B).repeat(3)
+    labels = torch.arange(K, device=x.device).repeat_interleave(B).repeat(3)
     loss = lib.contrastive_loss(z) + F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
+    optimizer.step(torch.tensor(0.1, device=x.device))
 
 
-def textbook_step(size):
+def textbook_step(size, device="cpu"):
     """As the released code has it: float32, contiguous, a UNet call for each shift, augmented apart."""
     lib.has_bfloat16 = lambda device: False
     torch.channels_last = torch.contiguous_format                           # as if there were no other
+    torch.set_default_device(device)
     encoder, unet, abar = lib.Encoder(1), lib.UNet(1).requires_grad_(False), lib.alpha_bar()
-    optimizer, images = train_dia.LARS(encoder.parameters(), 0.1), torch.rand(B, 1, size, size)
+    optimizer, images = train_dia.LARS(encoder.parameters()), torch.rand(B, 1, size, size)
 
     def step():
         rows, dissolving = [], 0.0
@@ -122,7 +130,7 @@ def our_step(size):
     """The step of train_dia.py, on 1,012 images."""
     encoder = lib.Encoder(1).to(memory_format=torch.channels_last)
     unet = lib.UNet(1).to(memory_format=torch.channels_last).requires_grad_(False).eval()
-    abar, optimizer = lib.alpha_bar(), train_dia.LARS(encoder.parameters(), 0.1)
+    abar, optimizer = lib.alpha_bar(), train_dia.LARS(encoder.parameters())
     images, small = (torch.randint(0, 256, (1012, 1, h, h), dtype=torch.uint8) for h in (size, 32))
 
     def step():
@@ -140,7 +148,7 @@ def our_step(size):
 
 def stage2(args):
     rows = []
-    for size in args.sizes:
+    for size in args.sizes or SIZES:
         sides = {"textbook": (textbook_step, (size,)), "ours": (our_step, (size,))}
         result = in_turns(sides, args.repeats)
         encoder = gmacs(lib.Encoder(1), torch.rand(1, 1, size, size))
@@ -165,7 +173,8 @@ def make_unet(name):
     return Unet(64, channels=1, dim_mults=(1, 2, 4, 8))
 
 
-def stage1_step(name, bfloat16, memory_format, batch):
+def stage1_step(name, bfloat16, memory_format, batch, device="cpu"):
+    torch.set_default_device(device)
     unet, abar = make_unet(name).to(memory_format=memory_format), lib.alpha_bar()
     optimizer = torch.optim.Adam(unet.parameters(), 8e-5, fused=True)
 
@@ -173,7 +182,7 @@ def stage1_step(name, bfloat16, memory_format, batch):
         x0, eps = torch.rand(batch, 1, 32, 32) * 2 - 1, torch.randn(batch, 1, 32, 32)
         t = torch.randint(0, 1000, (batch,))
         xt = lib.q_sample(x0, t, eps, abar).contiguous(memory_format=memory_format)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             predicted = unet(xt, t)
         optimizer.zero_grad()
         F.l1_loss(predicted.float(), eps).backward()
@@ -233,26 +242,133 @@ def embedding(size):
 
 
 def score(args):
-    seconds, _, peak = in_turns({"": (embedding, (args.sizes[0],))}, 3, 1)[""]
-    rows = [[f"embed, {args.sizes[0]} px, 10 passes x {K} shifts", f"{96 / seconds:.1f} images/s", peak]]
+    size = (args.sizes or SIZES)[0]
+    seconds, _, peak = in_turns({"": (embedding, (size,))}, 3, 1)[""]
+    rows = [[f"embed, {size} px, 10 passes x {K} shifts", f"{96 / seconds:.1f} images/s", peak]]
     for M in (10 ** 3, 10 ** 4, 10 ** 5):
         seconds, _, peak = in_turns({"": (nearest, (M,))}, args.repeats)[""]
         rows.append([f"nearest of {M:,} training images, 1,000 test images", f"{seconds:.2f} s", peak])
     table("Stage 3", ["what", "rate", "peak GB"], rows)
 
 
+# ---- A GPU ---------------------------------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """Ends a script once its step has been timed."""
+
+
+def timed(module, argv, repeats):
+    """Run a script's main until its step has been timed: a dict of figures.
+
+    ms: of each of `repeats` steps after 8; kernels: milliseconds of the kernels of one of the next 3;
+    dissolving: the share of them below dissolve_view (0 in a graph, where names are lost); peak: GB.
+    """
+    at, device, profile = {}, lib.pick_device("auto"), torch.profiler.profile()
+    cuda, before = device.type == "cuda", (module.Step, train_dia.dissolve_view)
+
+    class Timed(lib.Step):
+        done = 0
+
+        def __call__(self, *inputs):
+            outputs = super().__call__(*inputs)
+            self.done += 1
+            if self.done in (8, 8 + repeats, 11 + repeats):
+                outputs[0].sum().item()                                     # waits for the device
+                at[self.done] = time.perf_counter()
+            if self.done == 8 + repeats:
+                profile.start()
+            elif self.done == 11 + repeats:
+                profile.stop()
+                raise Enough
+            return outputs
+
+    def dissolve_view(*args):
+        with torch.profiler.record_function("dissolving"):
+            return lib.dissolve_view(*args)
+
+    module.Step, train_dia.dissolve_view, sys.argv = Timed, dissolve_view, ["", *map(str, argv)]
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        module.main()
+    except Enough:
+        events = profile.key_averages()
+    module.Step, train_dia.dissolve_view = before
+    kernels = sum(e.self_device_time_total if cuda else e.self_cpu_time_total for e in events)
+    inside = sum(e.device_time_total if cuda else e.cpu_time_total for e in events if e.key == "dissolving")
+    return {"ms": (at[8 + repeats] - at[8]) / repeats * 1e3, "kernels": kernels / 3e3,
+            "dissolving": inside / kernels,
+            "peak": torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan}
+
+
+def ceiling(device, n):
+    """TFLOP/s of the product of two bfloat16 matrices (n, n)."""
+    a = torch.randn(n, n, device=device).bfloat16()
+    for i in range(13):
+        if i == 3:
+            a[0, 0].item()                                                  # waits for the device
+            begun = time.perf_counter()
+        b = a @ a
+    b[0, 0].item()
+    return 10 * 2e-12 * n ** 3 / (time.perf_counter() - begun)
+
+
+def gpu(args):
+    """The scripts themselves in each way to launch a step, beside a textbook's step; at 28, 64 and 224 px."""
+    device, plain, rows = lib.pick_device("auto"), torch.contiguous_format, []
+    cuda = device.type == "cuda"
+    top, root = ceiling(device, 8192 if cuda else 1024), Path(__file__).parent.parent
+    unet = gmacs(lib.UNet(1), torch.rand(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64))
+
+    def case(module, name, tflop, textbook, argv):
+        seconds = in_turns({"": textbook}, args.repeats)[""][0]
+        rows.append([name, "textbook, eager", seconds * 1e3, "", "", f"{tflop / seconds / top:.1%}", ""])
+        for launch in ["eager", "graph"] if cuda else ["eager"]:
+            flags = ["--steps", 1000, "--launch", launch, "--out", out / f"{name}-{launch}"]
+            row = timed(module, [*argv, *flags], args.repeats)
+            rows.append([name, launch, row["ms"], row["kernels"], f"{row['dissolving']:.0%}",
+                         f"{tflop / row['ms'] * 1e3 / top:.1%}", row["peak"]])
+
+    with tempfile.TemporaryDirectory() as folder:
+        for size in args.sizes or [28, 64, 224]:
+            out = Path(folder) / str(size)
+            pixels, labels = np.random.default_rng(0).bytes(256 * size ** 2), np.zeros(256, int)
+            pixels = np.frombuffer(pixels, np.uint8).reshape(256, size, size)
+            np.savez(f"{out}.npz", train_images=pixels, train_labels=labels, test_images=pixels,
+                     test_labels=labels)
+            data = ["--data", f"{out}.npz", "--normal-class", "0", "--holdout", "0"]
+            command, begun = [sys.executable, root / "train_diffusion.py", *data], time.perf_counter()
+            command += ["--steps", "1", "--out", out / "one"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            print(f"{size} px: {time.perf_counter() - begun:.1f} s from the shell to stage 1's checkpoint of "
+                  "one step", flush=True)
+            if not rows:
+                case(train_diffusion, "stage 1, 64 images, 32 px", 6e-3 * 64 * unet,
+                     (stage1_step, ("ours", False, plain, 64, device.type)), data)
+            encoder = gmacs(lib.Encoder(1, stem="cifar" if size <= 32 else "imagenet"),
+                            torch.rand(1, 1, size, size))
+            case(train_dia, f"stage 2, {B} images, {size} px", 2e-3 * B * (9 * K * encoder + unet),
+                 (textbook_step, (size, device.type)), [*data, "--diffusion", out / "one/diffusion.pt"])
+    table(f"The scripts on {torch.cuda.get_device_name() if cuda else 'a CPU'}, UNet dim 64; the ceiling is "
+          f"{top:.3g} TFLOP/s in bfloat16",
+          ["what", "launch", "ms a step", "of it kernels", "dissolving", "of the ceiling", "peak GB"], rows)
+
+
 def main():
-    sections = {"stage2": stage2, "stage1": stage1, "score": score, "heldout": heldout}
+    sections = {"stage2": stage2, "stage1": stage1, "score": score, "heldout": heldout, "gpu": gpu}
     parser = lib.make_parser(__doc__)
-    parser.add_argument("sections", nargs="*", choices=[*sections, []], help="(default: all but heldout)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 128, 224], help="pixels")
+    parser.add_argument("sections", nargs="*", choices=[*sections, []],
+                        help="(default: all but heldout and gpu)")
+    parser.add_argument("--sizes", type=int, nargs="+",
+                        help="pixels (default: 64 96 128 224; gpu: 28 64 224)")
     parser.add_argument("--repeats", type=int, default=5, help="steps timed (default: 5)")
     parser.add_argument("--steps", type=int, default=400, help="steps of section heldout (default: 400)")
     parser.add_argument("--lr", type=float, default=3e-4, help="rate of section heldout (default: 3e-4)")
     args = parser.parse_args()
     print(f"{lib.precision(CPU)}, {torch.get_num_threads()} threads, "
           f"{torch.cpu.get_capabilities().get('cpu_name', '')}")
-    for name in args.sections or list(sections)[:-1]:
+    for name in args.sections or list(sections)[:3]:
         sections[name](args)
 
 

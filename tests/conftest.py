@@ -19,6 +19,7 @@ import train_dia
 import train_diffusion
 
 ROOT = Path(__file__).parent.parent
+AFFORDS = dia_lib.Log.affords
 STAGE1 = ["--steps", "4", "--batch-size", "8", "--dim", "8", "--lr", "1e-3", "--holdout", "0.3"]
 STAGE2 = ["--quick", "--steps", "4", "--batch-size", "4", "--image-size", "40", "--holdout", "0.3"]
 
@@ -67,8 +68,12 @@ def texture(rng, size, defect=False):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Downloads and feature maps go to a folder of this test session, not to the user's cache."""
+    """Downloads and feature maps go to a folder of this test session, not to the user's cache.
+
+    A checkpoint is written whenever one is due, however slow the disk is.
+    """
     patch = pytest.MonkeyPatch()
+    patch.setattr(dia_lib.Log, "affords", lambda self: True)
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()

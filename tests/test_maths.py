@@ -95,7 +95,7 @@ def test_ema_is_its_closed_form():
     torch.nn.init.constant_(ema.weight, 2.0)
     for step in range(40):
         torch.nn.init.constant_(model.weight, math.sin(step))
-        lib.update_ema(ema, model, step)
+        lib.update_ema(ema, model, lib.ema_weight(step))
         values.append(math.sin(step))
     decay = [(1 + i) / (10 + i) for i in range(40)]
     expected = 2.0 * math.prod(decay)
@@ -103,7 +103,7 @@ def test_ema_is_its_closed_form():
     assert ema.weight.item() == pytest.approx(expected, abs=1e-6)
     torch.nn.init.constant_(ema.weight, 1.0)
     torch.nn.init.constant_(model.weight, 0.0)
-    lib.update_ema(ema, model, 10 ** 6)                                         # the highest decay
+    lib.update_ema(ema, model, lib.ema_weight(10 ** 6))                         # the highest decay
     assert ema.weight.item() == pytest.approx(0.9995, abs=1e-6)
 
 
@@ -488,7 +488,7 @@ def test_lars_equals_the_textbook():
     torch.nn.init.zeros_(model.bias)                                        # norm 0: local rate 1
     weights = [p.detach().clone() for p in model.parameters()]
     buffers = [torch.zeros_like(w) for w in weights]
-    optimizer = train_dia.LARS(model.parameters(), 0.5)
+    optimizer = train_dia.LARS(model.parameters())
     for step in range(3):
         optimizer.zero_grad()
         model(rand(4, 3, seed=step)).square().sum().backward()
@@ -497,7 +497,7 @@ def test_lars_equals_the_textbook():
             local = 0.001 * w.norm() / (g.norm() + 1e-6 * w.norm() + 1e-8) if w.norm() > 0 else 1.0
             buffers[i] = 0.9 * buffers[i] + local * (g + 1e-6 * w)
             weights[i] = w - 0.5 * buffers[i]
-        optimizer.step()
+        optimizer.step(torch.tensor(0.5))
         for w, p in zip(weights, model.parameters(), strict=True):
             assert torch.allclose(w, p, atol=1e-6)
 
@@ -561,7 +561,7 @@ def test_views_networks_and_losses_never_leave_the_gpu(monkeypatch):
         loss = lib.contrastive_loss(z) + F.cross_entropy(logits, labels)
         for p in encoder.parameters():
             p.grad = torch.empty_like(p)
-        train_dia.LARS(encoder.parameters(), 1.0).step()
+        train_dia.LARS(encoder.parameters()).step(torch.empty(()))
         assert loss.device.type == "cuda" and loss.shape == ()
         with pytest.raises(DataDependentOutputException):                   # so that this test can fail
             loss.item()

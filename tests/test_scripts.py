@@ -1,5 +1,6 @@
 """The command lines, with tiny budgets: the whole chain, exact resume, and one sentence for each mistake."""
 
+import copy
 import csv
 import functools
 import json
@@ -257,7 +258,12 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, flags, steps, cha
         dia_lib.save_checkpoint(*args)
         raise Stop
 
+    def save_and_keep(path, kind, settings, state):
+        kept[path.parent].append(copy.deepcopy(flat(state)))
+        dia_lib.save_checkpoint(path, kind, settings, state)
+
     out, whole = tmp_path / "run", tmp_path / "whole"
+    kept = {out: [], whole: []}
     flags = ["--data", folder, *flags, "--steps", steps]
     if kind == "dia":
         flags += ["--diffusion", chain / "diffusion.pt"]
@@ -271,13 +277,16 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, flags, steps, cha
         other = ["--data", folder, "--out", tmp_path / "other", *STAGE1, "--steps", "1"]
         assert call(train_diffusion, *other) is None
         assert "not the stage 1" in call(module, *resume, "--diffusion", tmp_path / "other/diffusion.pt")
+    monkeypatch.setattr(module, "save_checkpoint", save_and_keep)
     assert call(module, *resume) is None
     assert call(module, *flags, "--out", whole) is None
 
-    a, b = (flat(read(o / f"{kind}.pt")) for o in (out, whole))
-    assert a.keys() == b.keys() and any("momentum" in k or "exp_avg" in k for k in a)
-    for k in a:
-        assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
+    assert [len(kept[o]) for o in (out, whole)] == [3, 4]
+    for a, b in zip(kept[out], kept[whole][1:], strict=True):
+        assert a.keys() == b.keys()
+        assert any("momentum" in k or "exp_avg" in k for k in a) == (a["/step"] < steps)    # not in the last
+        for k in a:
+            assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
     assert log_of(out) == log_of(whole)
 
 
@@ -319,7 +328,7 @@ def test_compiled_run_equals_one_that_is_not(module, flags, chain, folder, tmp_p
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(type(net).__name__) or one(net))
     args = ["--data", folder, *flags, "--steps", 1, "--holdout", 0.3 if more else 0, *more]
     assert call(module, *args, "--out", tmp_path / "plain") is None and not compiled
-    assert call(module, *args, "--out", tmp_path / "compiled", "--compile") is None
+    assert call(module, *args, "--out", tmp_path / "compiled", "--launch", "compile") is None
     assert compiled == (["Encoder", "UNet"] if module is train_dia else ["UNet"])
     a, b = (flat(read(next((tmp_path / name).glob("*.pt")))) for name in ("plain", "compiled"))
     assert a.keys() == b.keys()
