@@ -195,7 +195,7 @@ class UNet(nn.Module):
 
 
 def ema_weight(step):
-    """1 - decay of the average after step i, decay = min(0.9995, (1+i)/(10+i)): a tensor, see `Step`."""
+    """1 - decay after step i, decay = min(0.9995, (1+i)/(10+i)). A tensor: a graph would keep a number."""
     return torch.tensor(1 - min(0.9995, (1 + step) / (10 + step)))
 
 
@@ -203,7 +203,9 @@ def ema_weight(step):
 def update_ema(ema, model, weight):
     """Move the averaged weights towards the model's, by weight ()."""
     averaged = list(ema.parameters())
-    torch._foreach_lerp_(averaged, list(model.parameters()), [weight] * len(averaged))
+    change = torch._foreach_sub(list(model.parameters()), averaged)
+    torch._foreach_mul_(change, weight)
+    torch._foreach_add_(averaged, change)
 
 
 # ---- Views: A_k = T S_k D. Flip, dissolve (view 2), shift, augment, in this order ----------------------
@@ -394,12 +396,12 @@ def contrastive_loss(z, views=3, tau=0.5, twins="negative"):
         N = len(z) // views
         z = F.normalize(z.float(), dim=1)                                       # (V*N, D)
         sim = z[:2 * N] @ z.T / tau                                             # (2N, V*N)
-        row = torch.arange(2 * N, device=z.device)
-        positive = sim[row, (row + N) % (2 * N)]                                # (2N,)
-        mask = torch.zeros_like(sim, dtype=torch.bool)                          # what no denominator has:
-        mask[row, row] = True                                                   # oneself
+        row = torch.arange(2 * N, device=z.device)[:, None]                     # (2N, 1)
+        column = torch.arange(views * N, device=z.device)                       # (V*N,)
+        positive = sim.gather(1, (row + N) % (2 * N)).squeeze(1)                # (2N,)
+        mask = column == row                                                    # no denominator has oneself
         if views == 3 and twins == "excluded":
-            mask[row, 2 * N + row % N] = True                                   # one's dissolved twin
+            mask = mask | (column == 2 * N + row % N)                           # nor one's dissolved twin
         loss = torch.logsumexp(sim.masked_fill(mask, -math.inf), 1) - positive  # (2N,), Eq. 6
         return loss.sum() / (views * N)                                         # Eq. 7
 
@@ -482,7 +484,6 @@ def csi_score(stats, z, logits):
 # ==========================================================================================================
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-COMPILED = 20000        # steps from which on torch.compile is taken to pay, on CUDA
 PREPARE = ("Images of 8 bits are read, and of 16 that fill their range; python -m extras.prepare FOLDER NEW "
            "makes such of others.")
 MASKS = {"ground_truth", "groundtruth", "gt", "mask", "masks"}          # folders that are not read
@@ -975,15 +976,17 @@ def pick_device(name):
         raise SystemExit(f"--device {name}: this machine or this build of torch has no such device. "
                          "Use --device cpu, or leave it out.") from None
     device = torch.device(name)
-    torch.backends.cudnn.benchmark = True                                   # most shapes stay the same
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)                                       # whose streams are current
     return device
 
 
+COMPILE_FROM = 20000        # steps from which on torch.compile is taken to pay, on CUDA
+
+
 def launches(name, steps, device):
-    """(torch.compile?, a CUDA graph?), by --launch and the number of steps. Exits where it can't be."""
-    name = name or ("compile" if device.type == "cuda" and steps >= COMPILED else "eager")
+    """(torch.compile?, a CUDA graph?), by --launch and the steps to go. Exits where it can't be."""
+    name = name or ("compile" if device.type == "cuda" and steps >= COMPILE_FROM else "eager")
     if name in ("graph", "both") and device.type != "cuda":
         raise SystemExit(f"--launch {name}: CUDA graphs need an NVIDIA GPU, and this is {device}.")
     return name in ("compile", "both"), name in ("graph", "both")
@@ -992,32 +995,37 @@ def launches(name, steps, device):
 class Step:
     """A step of training as one call; with graph=True, on CUDA, as one launch instead of thousands.
 
-    function: tensors on the device -> tensors. The first three calls run it as it is, the fourth records it
+    function: tensors on the device -> tensors. The first calls (EAGER) run it as it is, the next records it
     (torch.cuda.graph), and that is replayed on later inputs. So what differs from step to step is an input,
-    or a tensor that function itself changes, and never a number.
+    or a tensor that function itself changes, and never a number. Gradients and the optimizer's state are
+    made in the first calls: nothing outside of function may put others in their place later.
     __call__(*inputs): tensors on the CPU, of the same shapes each time -> what function returns, to keep.
     """
+
+    EAGER = 3
 
     def __init__(self, function, device, graph=False):
         self.function, self.device, self.calls = function, device, 0
         self.graph = torch.cuda.CUDAGraph() if graph else None
-        self.stream = torch.cuda.Stream(device) if graph else None
+        self.stream = torch.cuda.Stream(device) if graph else None          # the one that will record
+        self.warm = self.EAGER + 2 if graph else 2                          # calls that are slower
+        torch.backends.cudnn.benchmark = True                               # shapes stay the same
 
     def __call__(self, *inputs):
-        if not self.graph:
+        if self.graph is None:
             return self.function(*(send(x, self.device) for x in inputs))
         self.calls += 1
         if self.calls == 1:
             self.inputs = [torch.empty_like(x, device=self.device) for x in inputs]
         for place, x in zip(self.inputs, inputs, strict=True):
             place.copy_(x.pin_memory(), non_blocking=True)
-        if self.calls < 4:                                                  # on the stream that will record
+        if self.calls <= self.EAGER:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.outputs = self.function(*self.inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
         else:
-            if self.calls == 4:                                             # records, and computes nothing
+            if self.calls == self.EAGER + 1:                                # records, and computes nothing
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.outputs = self.function(*self.inputs)
             self.graph.replay()
@@ -1137,13 +1145,17 @@ def sha256_of(path):
 
 
 def load_unet(state, device):
-    """The averaged UNet of stage 1's checkpoint, without gradient, and its alpha_bar (T,)."""
+    """The averaged UNet of stage 1's checkpoint, without gradient, and its alpha_bar (T,).
+
+    Where the device has bfloat16, its convolutions have bfloat16 weights: call it within autocast.
+    """
     s = state["settings"]
     unet = UNet(s["channels"], s["dim"]).to(device, memory_format=torch.channels_last)
     unet.load_state_dict(state["ema"])
-    for module in unet.modules():               # what autocast would do in every call
-        if isinstance(module, nn.Conv2d | nn.Linear) and has_bfloat16(device):
-            module.bfloat16()
+    if has_bfloat16(torch.device(device)):
+        for module in unet.modules():               # what autocast would do in every call
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.bfloat16()
     return unet.requires_grad_(False).eval(), alpha_bar(s["schedule"]).to(device)
 
 
@@ -1202,8 +1214,9 @@ def training_flags(parser, steps, batch_size, lr):
     parser.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint and settings")
     parser.add_argument("--quick", action="store_true", help="the paper's method on a laptop's budget")
     parser.add_argument("--launch", choices=["eager", "compile", "graph", "both"],
-                        help="torch.compile, which takes minutes to start; each step as one CUDA graph, "
-                        f"never run yet (default: eager; compile on CUDA from {COMPILED:,} steps on)")
+                        help="eager; compile: torch.compile, takes minutes to start; graph: a step is one "
+                        "CUDA graph, not run on a GPU yet; both (default: eager; compile on CUDA from "
+                        f"{COMPILE_FROM:,} steps on)")
     parser.add_argument("--steps", type=number(), help=f"optimizer steps (default: {steps})")
     parser.add_argument("--batch-size", type=number(), default=batch_size,
                         help=f"images a step (default: {batch_size})")
@@ -1284,18 +1297,18 @@ class Log:
 
     @contextmanager
     def saving(self):
-        """Measures what the block costs, which reports and writes a checkpoint."""
+        """Times the block, in which a checkpoint is written."""
         begun = time.perf_counter()
         yield
         self.saved = time.perf_counter()
         self.cost = self.saved - begun
 
     def affords(self):
-        """Is it time for a checkpoint: would one like the last take at most 2% of the time since then?"""
+        """Is it time for a checkpoint? One like the last has to take at most 2% of the time since then."""
         return time.perf_counter() - self.saved >= 50 * self.cost
 
-    def estimate(self, done, loss, first=2):
-        """Called after every step: says once how long a run will take, by 4 steps after the first ones."""
+    def estimate(self, done, loss, first):
+        """Called after every step: says once how long a run will take, by 4 steps after the `first` ones."""
         if done == self.start + first:                      # these warm up, compile and record
             loss.item()                                     # wait for the device
             self.warm = time.perf_counter()
@@ -1304,7 +1317,7 @@ class Log:
             seconds = (time.perf_counter() - self.warm) / 4
             left = seconds * (self.steps - done)
             text = f"{left / 3600:.1f} hours" if left > 5400 else f"{left / 60:.1f} minutes"
-            tqdm.write(f"time left: {text} ({seconds:.2f} s a step)")
+            tqdm.write(f"time left: {text} ({seconds:.3g} s a step)")
 
 
 def check_loss(values, done, lr, flag="--lr"):

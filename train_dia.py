@@ -78,7 +78,7 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(update, list(local.unbind()))
             torch._foreach_mul_(momentum, group["momentum"])
             torch._foreach_add_(momentum, update)
-            torch._foreach_addcmul_(params, momentum, [-lr] * len(params))
+            torch._foreach_sub_(params, torch._foreach_mul(momentum, lr))
 
 
 def learning_rate(step, steps, peak):
@@ -146,7 +146,11 @@ def main():
     args.image_size, args.shift = size, args.shift or data.defaults["shift"]
     args.t_range = args.t_range or list(data.defaults["t_range"])
     args.steps = args.steps or 1000 * min(M // args.batch_size, 201)            # the released code's epoch
-    views = 2 if args.dissolve == "none" else 3
+    views, start = 2 if args.dissolve == "none" else 3, state["step"] if state else 0
+    if start == args.steps:
+        print(f"stage 2 done: {args.out}/dia.pt has all its {args.steps} steps already")
+        return
+    compiled, graph = launches(args.launch, args.steps - start, device)
 
     # Stage 1
     unet = abar = small = None
@@ -169,14 +173,9 @@ def main():
     optimizer = LARS(encoder.parameters())
 
     # Resume
-    start = state["step"] if state else 0
-    if start == args.steps:
-        print(f"stage 2 done: {args.out}/dia.pt has all its {args.steps} steps already")
-        return
     if state:
         encoder.load_state_dict(state["encoder"])
         optimizer.load_state_dict(state["optimizer"])
-    compiled, graph = launches(args.launch, args.steps, device)
     forward, unet = (torch.compile(encoder), unet and torch.compile(unet)) if compiled else (encoder, unet)
     log = Log(args.out, "dia", start, args.steps)
     settings = {k: getattr(args, k) for k in args.given}
@@ -189,7 +188,7 @@ def main():
     # Train
     labels = torch.arange(K, device=device).repeat_interleave(args.batch_size).repeat(views)        # (V*K*B,)
 
-    def train_step(u_t, u_flip, u, lr, images, smaller=None):
+    def step_of(u_t, u_flip, u, lr, images, smaller=None):
         """Draws of `draw_step`; lr (); images (B, C, H, H) and, to be dissolved, (B, C, h, h), uint8."""
         x = to_float(images, channels, device)                                  # (B, C, H, H)
         parts = [flip(x, u_v) for u_v in u_flip]                                # V of (B, C, H, H)
@@ -207,7 +206,7 @@ def main():
         optimizer.step(lr)
         return torch.stack([loss, contrast]).detach(), z.detach(), logits.detach()
 
-    train_step = Step(train_step, device, graph)
+    train_step = Step(step_of, device, graph)
     report = max(1, min(100, args.steps // 20))
     every = args.save_every or max(1, min(2000, args.steps // 4))
     running = []
@@ -218,24 +217,24 @@ def main():
         images = [part[batch] for part in (data.train, small) if part is not None]
         lr = learning_rate(step, args.steps, args.lr)
         draws = draw_step(args.seed, step, views, args.batch_size)
-        both, z, logits = train_step(*draws, torch.tensor(lr), *images)
+        pair, z, logits = train_step(*draws, torch.tensor(lr), *images)
 
         done = step + 1
-        running.append(both)                                                    # loss, its contrastive part
-        log.estimate(done, both[0], 5 if graph else 2)
-        saving = done == args.steps or done % every == 0 and (args.save_every or log.affords())
-        if saving or done % report == 0:                               # the only place that waits for results
+        running.append(pair)                                                    # loss, its contrastive part
+        log.estimate(done, pair[0], train_step.warm)
+        due = done % every == 0 or done == args.steps
+        if due or done % report == 0:                               # the only place that waits for results
             (losses, contrasts), running = torch.stack(running, 1).tolist(), []
             check_loss(losses, done, lr)
             row = readable(z, logits, labels, views)
             bar.set_postfix(loss=f"{losses[-1]:.3f}", shift_acc=f"{row['shift_acc']:.2f}")
-            if saving:
+            if due:
                 check_weights(encoder, done, lr)
                 held = data.held[~data.calibration][:512]                  # the other half is never looked at
                 row |= shift_accuracy(encoder, held, args.shift, device) if len(held) else {}
             log(done, loss=sum(losses) / len(losses), contrastive=sum(contrasts) / len(contrasts), **row,
                 lr=lr, seconds=log.seconds())
-        if saving:
+        if due and (done == args.steps or args.save_every or log.affords()):
             with log.saving():
                 result = {"step": done, "encoder": encoder.state_dict()}
                 if args.save_every:

@@ -3,7 +3,8 @@
     python train_diffusion.py --quick                        # ELPV, minutes on a CPU
     python train_diffusion.py --data path/to/folder          # the paper's budget: 25,000 steps of 64 images
 
-Writes OUT/diffusion.pt (UNet, its EMA, optimizer), OUT/dissolving.png (the paper's Fig. 1), OUT/log.jsonl.
+Writes OUT/diffusion.pt (UNet, its EMA, and until the last step the optimizer), OUT/dissolving.png (the
+paper's Fig. 1), OUT/log.jsonl.
 """
 
 import torch
@@ -87,7 +88,8 @@ def picture(path, unet, train, held, abar):
 
 def main():
     args, state = arguments()
-    device = pick_device(args.device)
+    device, start = pick_device(args.device), state["step"] if state else 0
+    compiled, graph = launches(args.launch, args.steps - start, device)
 
     # Data
     data = load_data(args.data, args.dissolve_size, holdout=args.holdout, normal_class=args.normal_class)
@@ -96,6 +98,9 @@ def main():
     if state and state["settings"]["fingerprint"] != data.fingerprint:
         raise SystemExit(f"--resume: {args.out}/diffusion.pt was trained on other images than --data "
                          f"{args.data} has now.")
+    if start == args.steps:
+        print(f"stage 1 done: {args.out}/diffusion.pt has all its {args.steps} steps already")
+        return
 
     def prepare(images):                                    # (B, C, h, h) uint8 -> (B, C, H, H) in [-1, 1]
         return to_pm1(pad_to(to_float(images, channels, device), args.dissolve_size))
@@ -113,15 +118,11 @@ def main():
     optimizer = torch.optim.Adam(unet.parameters(), args.lr, (0.9, 0.99), fused=True, capturable=True)
 
     # Resume
-    start = state["step"] if state else 0
-    if start == args.steps:
-        print(f"stage 1 done: {args.out}/diffusion.pt has all its {args.steps} steps already")
-        return
     if state:
         unet.load_state_dict(state["unet"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-    compiled, graph = launches(args.launch, args.steps, device)
+        optimizer.param_groups[0]["capturable"] = True              # which an older checkpoint has not
     forward = torch.compile(unet) if compiled else unet
     log = Log(args.out, "diffusion", start, args.steps)
     settings = {k: getattr(args, k) for k in args.given}
@@ -131,7 +132,7 @@ def main():
           f"{args.seed}; {precision(device)}", flush=True)
 
     # Train
-    def train_step(images, u_t, u_flip, eps, weight):
+    def step_of(images, u_t, u_flip, eps, weight):
         """images (B, C, h, h) uint8; u_t, u_flip (B,) in [0, 1); eps (B, C, H, W); weight () of the EMA."""
         x0, t = flip(prepare(images), u_flip), (u_t * len(abar)).long()     # (B, C, H, W), (B,) in 0..T-1
         xt = q_sample(x0, t, eps, abar)
@@ -144,7 +145,7 @@ def main():
         update_ema(ema, unet, weight)
         return [loss.detach()]
 
-    train_step, H = Step(train_step, device, graph), args.dissolve_size
+    train_step, H = Step(step_of, device, graph), args.dissolve_size
     every = args.save_every or max(1, min(2500, args.steps // 4))      # steps between reports and checkpoints
     running, losses = [], []
     bar = tqdm(range(start, args.steps), "stage 1", args.steps, initial=start, unit="image",
@@ -158,23 +159,24 @@ def main():
 
         done = step + 1
         running.append(loss)
-        log.estimate(done, loss, 5 if graph else 2)
-        saving = done == args.steps or done % every == 0 and (args.save_every or log.affords())
-        if saving or done % 20 == 0:                                   # the only place that waits for results
+        log.estimate(done, loss, train_step.warm)
+        due = done % every == 0 or done == args.steps
+        if due or done % 20 == 0:                                   # the only place that waits for results
             values, running = torch.stack(running).tolist(), []
             check_loss(values, done, args.lr)
             bar.set_postfix(loss=f"{values[-1]:.4f}")
             losses += values
-        if saving:
+        if due:
+            check_weights(unet, done, args.lr)
+            on_held = held_out_losses(ema, held, abar) if len(held) else {}
+            log(done, loss=sum(losses) / len(losses), zero=ZERO, **on_held, seconds=log.seconds())
+            losses = []
+            if len(held) > 1 and (args.save_every or done == args.steps):
+                memorised(ema, prepare(data.train[:min(n, max(len(held), 32))]), held, abar, log, done,
+                          on_held["held_t30-129"] < ZERO)
+        if due and (done == args.steps or args.save_every or log.affords()):
             with log.saving():
-                check_weights(unet, done, args.lr)
-                on_held = held_out_losses(ema, held, abar) if len(held) else {}
-                log(done, loss=sum(losses) / len(losses), zero=ZERO, **on_held, seconds=log.seconds())
-                losses = []
                 picture(args.out / "dissolving.png", ema, prepare(data.train[:4]), held, abar)
-                if len(held) > 1 and (args.save_every or done == args.steps):
-                    memorised(ema, prepare(data.train[:min(n, max(len(held), 32))]), held, abar, log, done,
-                              on_held["held_t30-129"] < ZERO)
                 result = {"step": done, "ema": ema.state_dict()}
                 if args.save_every:
                     save_checkpoint(args.out / f"step-{done}/diffusion.pt", "diffusion", settings, result)

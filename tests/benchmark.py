@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -79,6 +80,11 @@ def table(title, head, rows):
     sys.stdout.flush()
 
 
+def stem_of(size):
+    """As train_dia.py chooses it."""
+    return "cifar" if size <= 32 else "imagenet"
+
+
 def gmacs(module, *inputs):
     """Multiply-accumulates of one forward pass, in G."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -104,22 +110,24 @@ def textbook_step(size, device="cpu"):
     """As the released code has it: float32, contiguous, a UNet call for each shift, augmented apart."""
     lib.has_bfloat16 = lambda device: False
     torch.channels_last = torch.contiguous_format                           # as if there were no other
-    torch.set_default_device(device)
-    encoder, unet, abar = lib.Encoder(1), lib.UNet(1).requires_grad_(False), lib.alpha_bar()
-    optimizer, images = train_dia.LARS(encoder.parameters()), torch.rand(B, 1, size, size)
+    torch.backends.cudnn.benchmark = True
+    with torch.device(device):
+        encoder, unet = lib.Encoder(1, stem=stem_of(size)), lib.UNet(1).requires_grad_(False)
+        images = torch.rand(B, 1, size, size)
+    optimizer, abar = train_dia.LARS(encoder.parameters()), lib.alpha_bar().to(device)
 
     def step():
         rows, dissolving = [], 0.0
         for v in range(3):
             for k in range(K):
-                x = lib.flip(images, torch.rand(B))
+                x = lib.flip(images, torch.rand(B, device=device))
                 if v == 2:
-                    begun, t = time.perf_counter(), torch.randint(30, 130, (1,)).expand(B)
+                    begun, t = time.perf_counter(), torch.randint(30, 130, (1,), device=device).expand(B)
                     small = F.interpolate(x, (32, 32), mode="bilinear", antialias=True)
                     x = lib.dissolve_view(small, size, "diffusion", unet, t, abar)
                     dissolving += time.perf_counter() - begun
                 x = x.roll((size // 2 * (k >= 2), size // 2 * (k % 2)), (-2, -1))
-                rows.append(lib.augment(x, torch.rand(lib.AUGMENT, B)))
+                rows.append(lib.augment(x, torch.rand(lib.AUGMENT, B, device=device)))
         finish_step(encoder, optimizer, torch.cat(rows))
         return dissolving
 
@@ -174,13 +182,13 @@ def make_unet(name):
 
 
 def stage1_step(name, bfloat16, memory_format, batch, device="cpu"):
-    torch.set_default_device(device)
-    unet, abar = make_unet(name).to(memory_format=memory_format), lib.alpha_bar()
+    torch.backends.cudnn.benchmark = True
+    unet, abar = make_unet(name).to(device, memory_format=memory_format), lib.alpha_bar().to(device)
     optimizer = torch.optim.Adam(unet.parameters(), 8e-5, fused=True)
 
     def step():
-        x0, eps = torch.rand(batch, 1, 32, 32) * 2 - 1, torch.randn(batch, 1, 32, 32)
-        t = torch.randint(0, 1000, (batch,))
+        x0, eps = (torch.randn(batch, 1, 32, 32, device=device) for _ in range(2))
+        t = torch.randint(0, 1000, (batch,), device=device)
         xt = lib.q_sample(x0, t, eps, abar).contiguous(memory_format=memory_format)
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             predicted = unet(xt, t)
@@ -261,8 +269,8 @@ class Enough(Exception):
 def timed(module, argv, repeats):
     """Run a script's main until its step has been timed: a dict of figures.
 
-    ms: of each of `repeats` steps after 8; kernels: milliseconds of the kernels of one of the next 3;
-    dissolving: the share of them below dissolve_view (0 in a graph, where names are lost); peak: GB.
+    ms: mean of `repeats` steps after 10; kernels: milliseconds of the kernels of one of the next 3;
+    dissolving: the share of them below dissolve_view, known in an eager step alone; peak: GB.
     """
     at, device, profile = {}, lib.pick_device("auto"), torch.profiler.profile()
     cuda, before = device.type == "cuda", (module.Step, train_dia.dissolve_view)
@@ -273,12 +281,12 @@ def timed(module, argv, repeats):
         def __call__(self, *inputs):
             outputs = super().__call__(*inputs)
             self.done += 1
-            if self.done in (8, 8 + repeats, 11 + repeats):
+            if self.done in (10, 10 + repeats, 13 + repeats):
                 outputs[0].sum().item()                                     # waits for the device
                 at[self.done] = time.perf_counter()
-            if self.done == 8 + repeats:
+            if self.done == 10 + repeats:
                 profile.start()
-            elif self.done == 11 + repeats:
+            elif self.done == 13 + repeats:
                 profile.stop()
                 raise Enough
             return outputs
@@ -295,10 +303,14 @@ def timed(module, argv, repeats):
     except Enough:
         events = profile.key_averages()
     module.Step, train_dia.dissolve_view = before
+    inside = sum(e.device_time_total if cuda else e.cpu_time_total for e in events
+                 if e.key == "dissolving" and e.device_type == DeviceType.CPU)
+    if cuda:                                            # the kernels, not also the operations they belong to
+        events = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     kernels = sum(e.self_device_time_total if cuda else e.self_cpu_time_total for e in events)
-    inside = sum(e.device_time_total if cuda else e.cpu_time_total for e in events if e.key == "dissolving")
-    return {"ms": (at[8 + repeats] - at[8]) / repeats * 1e3, "kernels": kernels / 3e3,
-            "dissolving": inside / kernels,
+    assert kernels, "the profiler has seen no kernel"
+    return {"ms": (at[10 + repeats] - at[10]) / repeats * 1e3, "kernels": kernels / 3e3,
+            "dissolving": f"{inside / kernels:.0%}" if inside else "",
             "peak": torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan}
 
 
@@ -315,19 +327,22 @@ def ceiling(device, n):
 
 
 def gpu(args):
-    """The scripts themselves in each way to launch a step, beside a textbook's step; at 28, 64 and 224 px."""
+    """The scripts themselves in each way to launch a step, beside float32: stage 1, our UNet; stage 2, the
+    textbook's step. --sizes: 28, 64 and 224 px by default.
+    """
     device, plain, rows = lib.pick_device("auto"), torch.contiguous_format, []
     cuda = device.type == "cuda"
+    repeats = 50 if cuda else args.repeats
     top, root = ceiling(device, 8192 if cuda else 1024), Path(__file__).parent.parent
     unet = gmacs(lib.UNet(1), torch.rand(1, 1, 32, 32), torch.zeros(1, dtype=torch.int64))
 
     def case(module, name, tflop, textbook, argv):
-        seconds = in_turns({"": textbook}, args.repeats)[""][0]
-        rows.append([name, "textbook, eager", seconds * 1e3, "", "", f"{tflop / seconds / top:.1%}", ""])
+        seconds = in_turns({"": textbook}, repeats)[""][0]
+        rows.append([name, "float32, eager", seconds * 1e3, "", "", f"{tflop / seconds / top:.1%}", ""])
         for launch in ["eager", "graph"] if cuda else ["eager"]:
             flags = ["--steps", 1000, "--launch", launch, "--out", out / f"{name}-{launch}"]
-            row = timed(module, [*argv, *flags], args.repeats)
-            rows.append([name, launch, row["ms"], row["kernels"], f"{row['dissolving']:.0%}",
+            row = timed(module, [*argv, *flags], repeats)
+            rows.append([name, launch, row["ms"], row["kernels"], row["dissolving"],
                          f"{tflop / row['ms'] * 1e3 / top:.1%}", row["peak"]])
 
     with tempfile.TemporaryDirectory() as folder:
@@ -346,8 +361,7 @@ def gpu(args):
             if not rows:
                 case(train_diffusion, "stage 1, 64 images, 32 px", 6e-3 * 64 * unet,
                      (stage1_step, ("ours", False, plain, 64, device.type)), data)
-            encoder = gmacs(lib.Encoder(1, stem="cifar" if size <= 32 else "imagenet"),
-                            torch.rand(1, 1, size, size))
+            encoder = gmacs(lib.Encoder(1, stem=stem_of(size)), torch.rand(1, 1, size, size))
             case(train_dia, f"stage 2, {B} images, {size} px", 2e-3 * B * (9 * K * encoder + unet),
                  (textbook_step, (size, device.type)), [*data, "--diffusion", out / "one/diffusion.pt"])
     table(f"The scripts on {torch.cuda.get_device_name() if cuda else 'a CPU'}, UNet dim 64; the ceiling is "

@@ -68,13 +68,18 @@ def texture(rng, size, defect=False):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Downloads and feature maps go to a folder of this test session, not to the user's cache.
+    """Downloads and feature maps go to a folder of this test session, not to the user's cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
 
-    A checkpoint is written whenever one is due, however slow the disk is.
-    """
+
+@pytest.fixture(autouse=True, scope="session")
+def any_disk():
+    """A checkpoint is written whenever one is due, however slow the disk is."""
     patch = pytest.MonkeyPatch()
     patch.setattr(dia_lib.Log, "affords", lambda self: True)
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import STAGE1, STAGE2, call, flat, log_of
+from conftest import AFFORDS, STAGE1, STAGE2, call, flat, log_of
 from scipy.stats import spearmanr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,9 +19,16 @@ import train_diffusion
 from dia_lib import Step
 
 
+FORBIDDEN = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "is_pinned", "_pin_memory")
+
+
 class Graph(TorchDispatchMode):
     """What torch.cuda.graph(self) does: within the block each operation is kept with the memory that it reads
-    and writes, and computes nothing in the end; replay() does all of them again, in the same memory."""
+    and writes, and computes nothing in the end; replay() does all of them again, in the same memory.
+
+    Raises where a value would cross between host and device. It knows nothing of streams, of memory that is
+    given back and used again, nor of other threads.
+    """
 
     made = []
 
@@ -31,9 +38,13 @@ class Graph(TorchDispatchMode):
         self.tape, self.before, self.replays = [], [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, tensors = function.overloadpacket.__name__, [x for x in tree_leaves(args) if torch.is_tensor(x)]
+        by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in tensors[1:])
+        if name in FORBIDDEN or by_mask:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         written = [value for value, argument in zip(args, function._schema.arguments, strict=False)
                    if argument.alias_info and argument.alias_info.is_write]
-        if "native_batch_norm." in str(function):                   # its schema hides the running statistics
+        if name == "native_batch_norm":                             # its schema hides the running statistics
             written += args[3:5]
         self.before += [(x, x.clone()) for x in tree_leaves(written) if isinstance(x, torch.Tensor)]
         out = function(*args, **(kwargs or {}))
@@ -86,6 +97,35 @@ def test_a_graph_bakes_numbers_in_and_reads_tensors_anew(graphs):
     assert graphs[0].replays == 4
 
 
+def marked(x):
+    y = x.clone()
+    y[torch.arange(len(x))] = 1
+    return [y]
+
+
+@pytest.mark.parametrize("function", [
+    marked, lambda x: [x * x.item()], lambda x: [x[x > 0]], lambda x: [x * torch.tensor(2.0)]])
+def test_what_a_graph_cannot_hold(function, graphs):
+    """Read by the host, of a size that depends on values, made on the host: the fourth call raises."""
+    step = Step(function, torch.device("cpu"), graph=True)
+    for _ in range(3):
+        step(torch.ones(1))
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        step(torch.ones(1))
+
+
+def test_a_checkpoint_is_written_when_it_costs_little(tmp_path, monkeypatch):
+    """The first one always, then when 50 times its seconds have passed."""
+    monkeypatch.setattr(dia_lib.Log, "affords", AFFORDS)
+    clock = iter([0.0, 0.0, 5.0, 10.0, 12.0, 111.9, 112.0])
+    monkeypatch.setattr(dia_lib.time, "perf_counter", lambda: next(clock))
+    log = dia_lib.Log(tmp_path, "dia")
+    assert log.affords()                                                    # at 5
+    with log.saving():                                                      # from 10 to 12
+        pass
+    assert [log.affords(), log.affords()] == [False, True]                  # 50 times 2 seconds later
+
+
 def test_what_is_compiled_and_what_recorded():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert dia_lib.launches(None, 19999, cuda) == dia_lib.launches(None, 10 ** 6, cpu) == (False, False)
@@ -103,7 +143,8 @@ def test_what_a_graph_returns_is_kept(graphs):
 
 @pytest.mark.parametrize("module, kind, flags", [
     (train_diffusion, "diffusion", STAGE1), (train_dia, "dia", STAGE2),
-    (train_dia, "dia", [*STAGE2, "--dissolve", "none"])])
+    (train_dia, "dia", [*STAGE2, "--twins", "excluded", "--shift", "perm"]),
+    *((train_dia, "dia", [*STAGE2, "--dissolve", by]) for by in ("none", "gaussian", "median", "resize"))])
 def test_a_run_by_graphs_is_an_eager_one(module, kind, flags, graphs, chain, folder, tmp_path, monkeypatch):
     """Weights, average, optimizer and log, bit for bit, over 8 steps with a report after each second one."""
     def kept(out):
@@ -113,7 +154,7 @@ def test_a_run_by_graphs_is_an_eager_one(module, kind, flags, graphs, chain, fol
         return save
 
     states = {"eager": [], "graph": []}
-    flags = ["--data", folder, *flags, "--steps", 8]
+    flags = ["--data", folder, *flags, "--steps", 8, "--device", "cpu"]
     flags += ["--diffusion", chain / "diffusion.pt"] if kind == "dia" else []
     assert "need an NVIDIA GPU" in call(module, *flags, "--out", tmp_path / "no", "--launch", "graph")
     monkeypatch.setattr(module, "launches", lambda name, steps, device: (False, name == "graph"))
@@ -135,7 +176,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 @needs_gpu
 @pytest.mark.parametrize("module, flags", [(train_diffusion, STAGE1), (train_dia, STAGE2)])
 def test_on_a_gpu_the_losses_are_those_of_an_eager_run(module, flags, chain, folder, tmp_path, monkeypatch):
-    """The first 20 of 40 steps in float32, within 1e-4."""
+    """The first 20 of 40 steps in float32, within 1e-4 of their size."""
     class Kept(Step):
         def __call__(self, *inputs):
             outputs = super().__call__(*inputs)
@@ -151,13 +192,14 @@ def test_on_a_gpu_the_losses_are_those_of_an_eager_run(module, flags, chain, fol
     for launch in ("eager", "graph"):
         assert call(module, *flags, "--launch", launch, "--out", tmp_path / launch) is None
     eager, graph = (torch.stack(losses[kind][:20]) for kind in (False, True))
-    assert len(losses[True]) == 40 and (eager - graph).abs().max() < 1e-4
+    assert len(losses[True]) == 40 and ((eager - graph) / eager).abs().max() < 1e-4
 
 
 @needs_gpu
 def test_a_gpu_ranks_test_images_as_the_cpu_does(own_chain, monkeypatch):
     """The scores of one checkpoint in float32: rank correlation above 0.999."""
     monkeypatch.setattr(dia_lib, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     scores = []
     for device in ("cpu", "cuda"):
         (own_chain / "stats.pt").unlink()

@@ -16,12 +16,14 @@ import pytest
 import torch
 from conftest import ROOT, STAGE1, STAGE2, call, flat, log_of
 
+import dia_lib
 import train_diffusion
 
 FORKS = """
 import json, os, resource, sys
 sys.path.insert(0, sys.argv[1])
 import dia_lib, train_dia, train_diffusion
+dia_lib.Log.affords = lambda self: True                             # however slow the disk is
 print("ready", flush=True)
 while line := sys.stdin.readline():
     script, output, limit, *argv = json.loads(line)
@@ -118,21 +120,23 @@ def test_sigterm_ends_with_a_sentence_and_leaves_no_half_file(folder, tmp_path, 
     assert "Traceback" not in output and not list((tmp_path / "run").glob("*.tmp"))
 
 
-def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(folder, tmp_path, fork):
+def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(folder, tmp_path, fork, monkeypatch):
     """RLIMIT_FSIZE stands for the full disk: the next checkpoint can't be written, the last one is whole."""
+    def save_then_stop(*args):
+        dia_lib.save_checkpoint(*args)
+        raise KeyboardInterrupt
+
     out = tmp_path / "run"
-    argv = ["--data", folder, *STAGE1, "--holdout", "0", "--out", out]
-    assert fork("train_diffusion", *argv, "--steps", 4)[0] == 0
+    argv = ["--data", folder, *STAGE1, "--holdout", "0", "--out", out, "--steps", 8]
+    monkeypatch.setattr(train_diffusion, "save_checkpoint", save_then_stop)
+    assert call(train_diffusion, *argv) == 128 + signal.SIGINT
     before = (out / "diffusion.pt").read_bytes()
-    state = torch.load(out / "diffusion.pt", weights_only=True)
-    state["settings"]["given"]["steps"], state["step"] = 8, 4
-    torch.save(state, out / "diffusion.pt")                 # as if stopped half way, after 1000 seconds
-    with open(out / "log.jsonl", "a") as log:
-        log.write('{"stage": "diffusion", "step": 4, "seconds": 1000.0}\n')
+    with open(out / "log.jsonl", "a") as log:               # as if stopped after 1000 seconds
+        log.write('{"stage": "diffusion", "step": 2, "seconds": 1000.0}\n')
     code, output, _ = fork("train_diffusion", *argv[:2], "--out", out, "--resume", limit=len(before) // 2)
     last = output.strip().splitlines()[-1]
     assert code == 1 and "diffusion.pt" in last and "Nothing that was written before is lost" in last, output
-    assert torch.load(out / "diffusion.pt", weights_only=True)["step"] == 4 and not list(out.glob("*.tmp"))
+    assert torch.load(out / "diffusion.pt", weights_only=True)["step"] == 2 and not list(out.glob("*.tmp"))
     assert fork("train_diffusion", *argv[:2], "--out", out, "--resume")[0] == 0
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["seconds"] for row in rows if "seconds" in row][-1] > 1000      # they go on counting
