@@ -93,7 +93,7 @@ def main():
 
     # Data
     data = load_data(args.data, args.dissolve_size, holdout=args.holdout, normal_class=args.normal_class)
-    n, channels = max(1, round(len(data.train) * args.fraction)), data.train.shape[1]
+    n, channels, H = max(1, round(len(data.train) * args.fraction)), data.train.shape[1], args.dissolve_size
     check_batch(args.batch_size, n)
     if state and state["settings"]["fingerprint"] != data.fingerprint:
         raise SystemExit(f"--resume: {args.out}/diffusion.pt was trained on other images than --data "
@@ -103,7 +103,7 @@ def main():
         return
 
     def prepare(images):                                    # (B, C, h, h) uint8 -> (B, C, H, H) in [-1, 1]
-        return to_pm1(pad_to(to_float(images, channels, device), args.dissolve_size))
+        return to_pm1(pad_to(to_float(images, channels, device), H))
 
     held = prepare(data.held[~data.calibration])            # the calibration half is never looked at
 
@@ -145,7 +145,7 @@ def main():
         update_ema(ema, unet, weight)
         return [loss.detach()]
 
-    train_step, H = Step(step_of, device, graph), args.dissolve_size
+    train_step = Step(step_of, device, graph)
     every = args.save_every or max(1, min(2500, args.steps // 4))      # steps between reports and checkpoints
     running, losses = [], []
     bar = tqdm(range(start, args.steps), "stage 1", args.steps, initial=start, unit="image",

@@ -427,45 +427,55 @@ def test_the_page_is_in_step_with_the_runs():
 
 
 def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
-    """Seeds are put together, switches and groups told apart; a run that comes again is replaced."""
+    """A line a setting, a column a set; seeds are put together; a run that comes again is replaced."""
     for name, file in (("TABLE", "results.csv"), ("README", "README.md")):
         monkeypatch.setattr(results, name, tmp_path / file)
-    (tmp_path / "README.md").write_text("<!-- study: another -->\nold\n<!-- end -->\na\n"
-                                         "<!-- study: elpv -->\nold\n<!-- end -->\nb\n")
+    (tmp_path / "README.md").write_text("a\n<!-- study: AUROC -->\nold\n<!-- end -->\nb\n")
     settings = {"data": "elpv", "method": "wscxr", "backbone": "dia:runs/x", "image_size": 64, "layers": [3],
-                "seed": 0, "anomaly_class": None}
-    metrics = dict.fromkeys(results.FIGURES) | {"auroc": 0.8, "within_group_mean": 0.75, "seconds": 90,
-                                               "shots": ["a", "b"], "processor": "AMD EPYC", "decision": None}
+                "anomaly_class": None, "shots": [2]}
+    metrics = dict.fromkeys([*results.FIGURES, "decision"]) | {"shots": ["a", "b"], "processor": "AMD EPYC"}
 
-    def run(name, figures, changed=None, **words):
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "metrics.json").write_text(json.dumps(
-            {**metrics, **figures, "settings": {**settings, **words, "changed": changed or {}}}))
-        monkeypatch.setattr("sys.argv", ["results", str(tmp_path / name)])
+    def run(aurocs, changed=None, figures=None, seeds=(0, 1, 2), **words):
+        folders = []
+        for seed, auroc in zip(seeds, aurocs, strict=True):
+            used = {**settings, **words, "seed": seed, "changed": changed or {}}
+            if used["backbone"] == "dia:runs/x" and seed:
+                used["backbone"] = f"dia:runs/x-s{seed}"
+            folders.append(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
+            folders[-1].mkdir()
+            (folders[-1] / "metrics.json").write_text(json.dumps(
+                {**metrics, **(figures or {}), "auroc": auroc, "settings": used}))
+        monkeypatch.setattr("sys.argv", ["results", *map(str, folders)])
         results.main()
 
-    run("a", {"auroc": 0.7})
-    run("b", {"auroc": 0.9}, seed=1, backbone="dia:runs/x-s1")
-    decision = {"false_positive_rate": 0.25}
-    run("e", {"pro": 0.5, "decision": decision}, data="another")                # another set, another table
-    run("c", {"auroc": 0.96}, {"mining": False, "epochs": 3, "layers": [3], "out": "x"})
-    run("d", {"auroc": 0.97}, {"anomaly_class": "mono"}, anomaly_class="mono")
-    run("a", {"auroc": 0.8})
-    run("f", {"auroc": 0.99}, {"labelled": [0.05], "lr": 0.1}, method="ckaad")
-    run("g", {"auroc": 0.98}, {"labelled": [0.05]}, method="ckaad", backbone="efficientnet_lite0")
+    run([0.7, 0.9, 0.8])
+    run([0.8], seeds=[0])                                                   # again: in place of the first
+    run([0.5, 0.6], {"epochs": 3}, seeds=[0, 1])                            # too few for a line
+    run([0.96, 0.96, 0.96], {"mining": False, "layers": [3], "out": "x"})
+    run([0.97, 0.97, 0.97], {"anomaly_class": "mono"}, anomaly_class="mono")
+    lite = {"method": "ckaad", "backbone": "efficientnet_lite0"}
+    run([0.98, 0.98, 0.98], {"labelled": [0.05]}, data="x/chest_xray_224", labelled=[0.05, 0.01],
+        **lite | {"shots": [1, 2]})
+    run([0.5, 0.5, 0.5], figures={"pixel_auroc": 0.25, "pro": 0.75}, data="magnetic_tile", **lite)
     lines = (tmp_path / "README.md").read_text().splitlines()
-    assert lines[2].endswith("| false-positive rate at `--fpr 0.05` | pixels: AUROC / PRO | minutes |")
-    assert lines[4].endswith("| 0.250 | 0.500 | 1.5 |")
-    lines = lines[7:]
-    assert lines[0] == "a" and lines[-1] == "b" and len(lines) == 13
-    assert lines[5].startswith("| `ckaad` | eff") and lines[6].startswith("| `ckaad` `lr=0.1` | dia:x ")
-    assert lines[7] == ("| `wscxr` | dia:x 64 px, layers 3 | 2 | 0, 1 | **0.850 ± 0.071** (0.800, 0.900) | "
-                        "0.750 ± 0.000 | 1.5 |")
-    assert lines[8].startswith("| `wscxr` trained on mono |")
-    assert lines[9].startswith("| `wscxr` `mining=False` `epochs=3` |")
+    assert lines[:2] + lines[-2:] == ["a", "<!-- study: AUROC -->", "<!-- end -->", "b"]
+    assert lines[3] == "| method | features | labelled | chest X-rays | ELPV | magnetic tiles |"
+    assert lines[5:-3] == [
+        "| `wscxr` | dia:x 64 px, layers 3 | 2 |  | 0.833 ± 0.058 (0.800, 0.900, 0.800) |  |",
+        "| `wscxr`, trained on mono | dia:x 64 px, layers 3 | 2 |  | 0.970 ± 0.000 (0.970, 0.970, 0.970) "
+        "|  |",
+        "| `wscxr` `mining=False` | dia:x 64 px, layers 3 | 2 |  | 0.960 ± 0.000 (0.960, 0.960, 0.960) |  |",
+        "| `ckaad` | efficientnet_lite0 64 px, layers 3 | 2 |  |  | 0.500 ± 0.000 (0.500, 0.500, 0.500); "
+        "pixels 0.250 ± 0.000, PRO 0.750 ± 0.000 |",
+        "| `ckaad` | efficientnet_lite0 64 px, layers 3 | 5% | 0.980 ± 0.000 (0.980, 0.980, 0.980); "
+        "paper 0.966 |  |  |"]
+    rows = list(csv.DictReader(results.TABLE.open()))
+    assert len(rows) == 17 and [r["labelled"] for r in rows].count("5%") == 3
     monkeypatch.setattr("sys.argv", ["results", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no such file"):
         results.main()
+    with pytest.raises(SystemExit, match="no column of other"):
+        run([0.5], seeds=[0], data="other")
 
 
 @pytest.mark.parametrize("top, k", [(0, 1), (0.01, 1), (0.25, 4), (1, 16)])
