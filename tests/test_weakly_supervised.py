@@ -456,6 +456,8 @@ def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
     lite = {"method": "ckaad", "backbone": "efficientnet_lite0"}
     run([0.98, 0.98, 0.98], {"labelled": [0.05]}, data="x/chest_xray_224", labelled=[0.05, 0.01],
         **lite | {"shots": [1, 2]})
+    run([0.6], {"labelled": [0.015]}, seeds=[0], labelled=[0.015], **lite)
+    run([0.7], {"lr": 1}, seeds=[0], labelled=[0.015, 0.016], **lite)           # both are 2 images
     run([0.5, 0.5, 0.5], figures={"pixel_auroc": 0.25, "pro": 0.75}, data="magnetic_tile", **lite)
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert lines[:2] + lines[-2:] == ["a", "<!-- study: AUROC -->", "<!-- end -->", "b"]
@@ -470,7 +472,9 @@ def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
         "| `ckaad` | efficientnet_lite0 64 px, layers 3 | 5% | 0.980 ± 0.000 (0.980, 0.980, 0.980); "
         "paper 0.966 |  |  |"]
     rows = list(csv.DictReader(results.TABLE.open()))
-    assert len(rows) == 17 and [r["labelled"] for r in rows].count("5%") == 3
+    assert len(rows) == 19 and [r["labelled"] for r in rows].count("5%") == 3
+    assert [r["labelled"] for r in rows if r["auroc"] in ("0.6000", "0.7000") and r["method"] == "ckaad"] == [
+        "1.5%", ""]
     monkeypatch.setattr("sys.argv", ["results", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no such file"):
         results.main()

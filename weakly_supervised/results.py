@@ -53,14 +53,15 @@ def row_of(metrics):
     switches = [f"{k}={'+'.join(v) if isinstance(v, list) else v}"
                 for k, v in s["changed"].items() if k not in ELSEWHERE]
     features = f"{backbone} {s['image_size']} px, layers {' '.join(map(str, s['layers']))}"
-    n, shares = len(metrics["shots"]), s.get("labelled") or []          # shots-N: of which share?
-    share = dict(zip(s["shots"], sorted(shares), strict=True)).get(n) if shares else None
+    n, shares = len(metrics["shots"]), sorted(s.get("labelled") or [])
+    told_apart = shares and len(shares) == len(s["shots"])              # two shares may be one number
+    share = shares[s["shots"].index(n)] if told_apart else None
     key = [data_name(s["data"]), s["method"], features, n, s.get("anomaly_class") or "",
            " ".join(switches), s["seed"]]
     found = metrics | {"false_positive_rate": (metrics["decision"] or {}).get("false_positive_rate")}
     values = ["" if found.get(k) is None else f"{found[k]:.4f}" for k in FIGURES]
     return dict(zip(KEY + FIGURES, map(str, key + values), strict=True)) | {
-        "labelled": f"{share:.0%}" if share else "", "processor": metrics["processor"]}
+        "labelled": f"{100 * share:g}%" if share else "", "processor": metrics["processor"]}
 
 
 def figures(runs, name):
