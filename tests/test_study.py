@@ -1,66 +1,190 @@
-"""The study: runs added, paired bootstrap, tables from the csv files, the page in step, the probe."""
+"""The study: a table's runs, tables from the csv files, intervals, the page in step, the released quirks."""
 
 import csv
-import json
+import math
 import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import STAGE2, call
+from conftest import call, texture
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 import dia_lib
 import evaluate
 import train_dia
-from extras import local, predict
-from extras.tables import put
-from study import probe, results
+import train_diffusion
+from study import as_released, page, paper
 
-HEADER = ("data,dissolve,settings,seed,steps,score,minutes,val_auroc,auroc,ap,within_group_auroc,commit,"
-          "processor")
-USUAL = "image_size=64 batch_size=16 crop_min=0.3 optimizer=adamw"
-ROWS = [f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,400,csi,8.0,0.70,0.71,0.8,0.75,abc,AMD EPYC",
-        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,1,400,csi,9.0,0.72,0.73,0.8,0.77,abc,AMD EPYC",
-        f"elpv,diffusion,{USUAL} steps=400 stage1_dim=32,0,200,csi,4.0,0.60,0.61,0.8,0.75,abc,AMD EPYC",
-        f"elpv,none,{USUAL} steps=400,1,400,csi,5.0,0.70,0.7,0.8,0.75,abc,AMD EPYC",
-        f"elpv,none,{USUAL} steps=400 tau=0.2 holdout=0.3,10,400,csi,5.0,0.66,,,,abc,AMD EPYC",
-        "elpv,diffusion,image_size=64 crop_min=0.3 optimizer=adamw steps=400 stage1_batch_size=16,10,400,csi,"
-        "5.0,0.64,,,,abc,",
-        f"other,diffusion,{USUAL} steps=400,0,400,csi,5.0,0.1,0.1,0.1,0.1,abc,AMD EPYC",
-        f"elpv,diffusion,{USUAL} steps=400,11,400,csi,5.0,0.63,0.99,0.9,0.9,abc,AMD EPYC"]
-# of these the third was kept on the way, and the last has a search seed, though it was tested
-FLOORS = ["elpv,floor: pixels,image_size=64 holdout=0.1,,0,,,,0.8,,,,",
-          "elpv,floor: encoder untrained,image_size=64,1,0,local,,,0.6,,,,",
-          "elpv,floor: encoder untrained,image_size=64,10,0,local,,,0.1,,,,",
-          "elpv,floor: encoder untrained,image_size=64 draws=2,1,0,csi,,,0.5,,,,"]
-ROWS += [row.replace(",csi,", f",{score},") for row in ROWS for score in ("cos", "local")]
+COLUMNS = ("data,budget,line,seed,auroc,test_best,test_last,kept,made_defects,val_anomalies,change,stage1,"
+           "seconds_1,seconds_2,commit,processor")
 
 
-@pytest.fixture
-def tables(tmp_path):
-    (tmp_path / "results.csv").write_text("\n".join([HEADER, *ROWS, *FLOORS]) + "\n")
-    return results.read(tmp_path / "results.csv")
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    """In MedMNIST's format, 12 px: 16 training normals, 8 and 4 to hold out, 8 and 4 to test on."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("npz") / "small.npz"
+    arrays = {}
+    for split, normals, anomalies in (("train", 16, 0), ("val", 8, 4), ("test", 8, 4)):
+        labels = np.array([0] * normals + [1] * anomalies)
+        arrays[f"{split}_images"] = np.stack([texture(rng, 12, bool(label)) for label in labels])
+        arrays[f"{split}_labels"] = labels[:, None]
+    np.savez(path, **arrays)
+    return path
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A copy of the study's folder, to add runs to."""
-    copy = shutil.copytree(results.HERE, tmp_path / "study", ignore=shutil.ignore_patterns("*py*"))
-    shutil.copy(results.HERE.parent / "README.md", tmp_path)
-    monkeypatch.setattr(results, "HERE", copy)
-    return copy
+    """Empty tables and a copy of both pages to write to; --quick's budgets are four steps of four images."""
+    home = tmp_path / "study"
+    home.mkdir()
+    shutil.copy(page.HERE / "README.md", home)
+    shutil.copy(page.HERE.parent / "README.md", tmp_path)
+    monkeypatch.setattr(page, "HERE", home)
+    for module in (page, paper):
+        monkeypatch.setattr(module, "TABLE", home / "results.csv")
+        monkeypatch.setattr(module, "SCORES", home / "results-scores.csv")
+    for module, budget in ((train_diffusion, {"steps": 4, "batch_size": 4, "dim": 8}),
+                           (train_dia, {"steps": 4, "batch_size": 4})):
+        for name, value in budget.items():
+            monkeypatch.setitem(module.QUICK, name, value)
+    return home
+
+
+def run(npz, out, *lines, table="table1", seeds=(0,)):
+    return call(paper, table, "--data", npz, "--normal-class", 0, "--steps", "quick", "--seeds", *seeds,
+                "--out", out, *(["--lines", *lines] if lines else []))
+
+
+def by_hand(rows, column="score"):
+    """AUROC of a column of scores.csv: the share of pairs that are ranked right, ties count half."""
+    a, n = ([float(r[column]) for r in rows if r["label"] == label] for label in "10")
+    return np.mean([(x > y) + (x == y) / 2 for x in a for y in n])
+
+
+# ---- Runs ----------------------------------------------------------------------------------------------
+
+
+def test_a_tables_runs_are_made_scored_and_put_on_the_pages(npz, study, tmp_path, capsys):
+    """Every column against the run's own files; weights kept on the way are scored, then deleted."""
+    lines = ["DIA", "CSI", "CSI, as long as DIA", "gaussian, as strong as DIA"]
+    assert run(npz, tmp_path / "runs", *lines) is None
+    rows = {r["line"]: r for r in page.read(study / "results.csv")}
+    assert set(lines) < rows.keys() and sum(name.startswith("floor: ") for name in rows) == 3
+    folder = tmp_path / "runs" / "small-quick" / "s0"
+    for line in lines:
+        out, row = folder / paper.plain(line), rows[line]
+        images = page.read(out / "scores.csv")
+        assert float(row["auroc"]) == pytest.approx(by_hand(images), abs=6e-5)
+        assert (row["data"], row["budget"], row["seed"]) == ("small", "`--quick`", "0")
+        assert not list(out.glob("step-*")) and float(row["test_best"]) >= float(row["test_last"])
+        last = paper.one_pass(out, evaluate.data_of(dia_lib.load_checkpoint(
+            out / "dia.pt", "dia", "cpu")["settings"], out), torch.device("cpu"))
+        assert float(row["test_last"]) == pytest.approx(last, abs=6e-5)
+        assert float(row["seconds_2"]) == pytest.approx(paper.logged(out, "dia", "seconds")[-1]["seconds"])
+        chosen = paper.logged(out, "choose", "val_real")[-1]
+        assert float(row["made_defects"]) == pytest.approx(chosen["val_auroc"], abs=6e-5)
+        assert float(row["val_anomalies"]) == pytest.approx(chosen["val_real"], abs=6e-5)
+    assert rows["DIA"]["kept"] == rows["CSI"]["kept"] == "4"
+    assert float(rows["DIA"]["seconds_1"]) > 0 == float(rows["CSI"]["seconds_1"])
+    reports = [r.split() for r in rows["DIA"]["stage1"].split("; ")]
+    assert [int(r[0]) for r in reports] == [1, 2, 3, 4] and not rows["CSI"]["stage1"]
+    assert not rows["CSI"]["change"] and float(rows["DIA"]["change"]) > 1
+    assert float(rows[lines[3]]["change"]) == pytest.approx(float(rows["DIA"]["change"]), rel=0.02)
+    steps = dia_lib.load_checkpoint(folder / paper.plain(lines[2]) / "dia.pt", "dia", "cpu")["step"]
+    dia, csi = ([float(rows[line][f"seconds_{i}"]) for i in (1, 2)] for line in ("DIA", "CSI"))
+    assert steps == pytest.approx(4 * sum(dia) / csi[1], abs=0.51)
+    text = (study / "README.md").read_text()
+    assert f"**{float(rows['DIA']['auroc']):.3f}**" in text and "(DIA) - (CSI)" in text
+    assert "not run" in (tmp_path / "README.md").read_text()
+
+    tables, before = (study / "results.csv").read_text(), len(list(folder.glob("*")))
+    capsys.readouterr()
+    assert run(npz, tmp_path / "elsewhere", *lines) is None                 # nothing is made again
+    assert (study / "results.csv").read_text() == tables and not (tmp_path / "elsewhere").exists()
+    assert capsys.readouterr().out.count("in results.csv already") == 4 and before == 5
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_row(npz, study, tmp_path, monkeypatch):
+    assert run(npz, tmp_path / "whole", "CSI") is None
+    whole, = [r for r in page.read(study / "results.csv") if r["line"] == "CSI"]
+    (study / "results.csv").unlink()
+
+    def stop(*_):
+        raise SystemExit("stopped")
+
+    for module, name in ((evaluate, "main"), (paper, "choose")):        # after training; when all is scored
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            assert run(npz, tmp_path / "parts", "CSI") == "stopped" and not (study / "results.csv").exists()
+    assert run(npz, tmp_path / "parts", "CSI") is None
+    parts, = [r for r in page.read(study / "results.csv") if r["line"] == "CSI"]
+    del whole["seconds_2"], parts["seconds_2"]
+    assert parts == whole
+
+
+def test_lines_that_need_another_say_so(npz, study, tmp_path):
+    for line in ("CSI, as long as DIA", "gaussian, as strong as DIA"):
+        said = run(npz, tmp_path / "runs", line)
+        assert "needs that of DIA first" in said and not (study / "results.csv").exists()
+
+
+def test_lines_that_are_a_sets_own_settings_are_dia(npz, study, tmp_path, monkeypatch):
+    """t from 30, quarter-turns and 32 px are DIA's defaults for this set: those runs are not made twice."""
+    made = []
+    monkeypatch.setattr(paper, "make", lambda args, line, seed: made.append(line))
+    for table in ("table2", "table4", "table5"):
+        assert run(npz, tmp_path, table=table) is None
+    assert made == ["DIA", "DIA, t 130-230", "DIA, t 230-330", "DIA, t 330-430", "DIA, t 430-530",
+                    "DIA", "CSI", "DIA, perm", "CSI, perm",
+                    "DIA", "DIA, dissolved at 64 px", "DIA, dissolved at 128 px"]
+
+
+def test_every_line_is_a_command_line_that_the_scripts_take():
+    for first, second in paper.LINES.values():
+        if first is not None:
+            train_diffusion.arguments(["--out", "nowhere", *first.split()])
+        train_dia.arguments(["--out", "nowhere", *second.split()])
+    assert set().union(*paper.TABLES.values()) == set(paper.LINES)
+
+
+def test_contrast_by_two_thirds_is_a_step_of_gamma_three_halves():
+    """LARS steps by the direction of a gradient alone, but for weight decay: 2/3 c + s is 2/3 (c + 3/2 s)."""
+    steps = []
+    for scale in (1, 2 / 3):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(5, 3)
+        before = layer.weight.detach().clone()
+        optimizer = train_dia.LARS(layer.parameters())
+        (scale * layer(torch.ones(2, 5)).square().sum()).backward()
+        optimizer.step(torch.tensor(1.0))
+        steps.append(layer.weight.detach() - before)
+    assert steps[0].norm() > 0 and torch.allclose(*steps, rtol=1e-4)
+
+
+def test_sigma_is_found_by_the_change_it_makes():
+    x = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with paper.with_sigma(1.3):
+        target = paper.change(x, x, "gaussian")
+    assert paper.as_strong(target, x, x) == pytest.approx(1.3, abs=0.01)
+    usual = paper.change(x, x, "gaussian")
+    assert usual == pytest.approx((dia_lib.dissolve_view(x, 28, "gaussian") - x).abs().mean().item() * 255)
+    assert usual != pytest.approx(target, rel=0.01)             # with_sigma is over
+
+
+# ---- Tables --------------------------------------------------------------------------------------------
 
 
 def test_bootstrap_gives_the_difference_and_nothing_for_equal_runs():
     rng = np.random.default_rng(0)
     labels = np.array([0] * 30 + [1] * 50)
     a, b = rng.normal(size=(2, 2, 80)).round(1) + np.stack([0 * labels, 0.5 * labels])[:, None]  # with ties
-    gap, low, high = results.paired_bootstrap(labels, a, b)
+    gap, low, high = page.paired_bootstrap(labels, a, b)
     each = [roc_auc_score(labels, x) - roc_auc_score(labels, y) for x, y in zip(a, b, strict=True)]
     assert gap == pytest.approx(np.mean(each)) and low < gap < high
-    assert results.paired_bootstrap(labels, a, a) == (0, 0, 0)
+    assert page.paired_bootstrap(labels, a, a) == (0, 0, 0)
 
 
 def test_bootstrap_interval_covers_at_about_its_rate_and_pairing_narrows_it():
@@ -71,354 +195,155 @@ def test_bootstrap_interval_covers_at_about_its_rate_and_pairing_narrows_it():
         labels = np.array([0] * 60 + [1] * 90)
         image = rng.normal(size=150) + labels
         a, b = image + 0.5 * rng.normal(size=(2, 1, 150))
-        _, low, high = results.paired_bootstrap(labels, a, b, 500)
+        _, low, high = page.paired_bootstrap(labels, a, b, 500)
         covered += low <= 0 <= high
         other = rng.normal(size=(1, 150)) + labels + 0.5 * rng.normal(size=(1, 150))
-        wide = results.paired_bootstrap(labels, a, other, 500)
+        wide = page.paired_bootstrap(labels, a, other, 500)
         widths.append((high - low) / (wide[2] - wide[1]))
     assert 85 <= covered <= 100 and np.mean(widths) < 0.8
     steady, swing = image[None] + np.zeros((2, 1)), np.stack([image, -image])   # a gap that hangs on the seed
-    _, low, high = results.paired_bootstrap(labels, swing, steady, 500)
+    _, low, high = page.paired_bootstrap(labels, swing, steady, 500)
     assert low < -0.4 and high == 0
 
 
-def test_tables_say_what_the_csv_says(tables):
-    assert [r["setting"] for r in tables[:5]] == ["400 steps"] * 4 + ["400 steps, tau=0.2, holdout=0.3"]
-    assert tables[5]["setting"] == "400 steps, batch_size the paper's"                  # not stage 1's batch
-    lines = results.contrast(tables, "400 steps").splitlines()
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    assert cells[2][:3] == ["DIA (`diffusion`)", "0, 1", "**0.720 ± 0.014** (0.710, 0.730)"]
-    assert cells[3][:3] == ["CSI (`none`)", "1", "**0.700** (0.700)"]
-    assert len(cells) == 4 and cells[2][-1] == "8.5"
-    found = results.search(tables)
-    assert "0.660" in found and "tau=0.2" in found and "0.7" not in found                # search seeds alone
+def row(line, seed, auroc, data="pneumoniamnist", budget="9 steps", **more):
+    return dict.fromkeys(COLUMNS.split(","), "") | {
+        "data": data, "budget": budget, "line": line, "seed": str(seed), "auroc": str(auroc),
+        "seconds_2": "120", "processor": "AMD EPYC"} | more
 
 
-def test_floors_are_those_of_the_reporting_seeds_and_new_ones_stand_apart(tables, tmp_path):
-    found = results.floors(tmp_path / "results.csv")
-    assert found == {("encoder untrained, `csi`", "64 px, draws=2"): [0.5],
-                     ("encoder untrained, `local`", "64 px"): [0.6], ("pixels", "64 px"): [0.8]}
-    assert list(found) == sorted(found)
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def test_comparison_takes_the_seeds_of_both_sides(tables):
+def test_results_say_what_the_rows_say():
+    rows = [row("DIA", 0, 0.8, seconds_1="60", change="11.5", test_best="0.85"),
+            row("DIA", 1, 0.9, seconds_1="120", change="12.5", test_best="0.95"),
+            row("CSI", 0, 0.7, processor="NVIDIA H200"), row("CSI", 0, 0.1, data="elpv"),
+            row("CSI", 0, 0.2, budget="8 steps")]
+    header, _, dia, csi = cells(page.results(rows, "pneumoniamnist", "9 steps"))
+    assert header == ["", "seeds", "AUROC at the last step", "paper", "best of 20 by test", "change",
+                      "minutes"]
+    assert dia == ["DIA", "0, 1", "**0.850 ± 0.071** (0.800, 0.900)", "0.903", "0.900 ± 0.071",
+                   "12.000 ± 0.707", "3.5"]
+    assert csi == ["CSI", "0", "**0.700** (0.700)", "0.834", "", "", "2.0 (NVIDIA H200)"]
+
+
+def test_differences_are_paired_by_seed_and_have_both_intervals():
     rng, labels = np.random.default_rng(0), np.array([0] * 30 + [1] * 50)
-    scores = {"labels": labels} | {results.key_of(r): rng.normal(size=80) for r in tables}
-    line = results.comparisons(tables, scores, "400 steps").splitlines()[2]
-    assert line.startswith("| diffusion - none | 1 (images only) | ")
-    a, b = (scores[results.key_of(tables[i])] for i in (1, 3))
-    assert f"{roc_auc_score(labels, a) - roc_auc_score(labels, b):+.3f} (" in line
+    scores, rows = {("pneumoniamnist", "", "", ""): labels}, []
+    for line, seeds in (("DIA", (0, 1, 2)), ("copy", (0, 1, 3)), ("CSI", (2,))):
+        for seed in seeds:
+            scores["pneumoniamnist", "9 steps", line, str(seed)] = drawn = rng.normal(size=80) + labels
+            rows.append(row(line, seed, roc_auc_score(labels, drawn)))
+    _, _, copy, csi = cells(page.differences(rows, scores, "pneumoniamnist", "9 steps"))
+    gaps = [float(rows[s]["auroc"]) - float(rows[3 + s]["auroc"]) for s in (0, 1)]
+    low, high = stats.t.interval(0.95, 1, np.mean(gaps), stats.sem(gaps))
+    assert copy[:4] == ["(DIA) - (copy)", "0, 1", f"{np.mean(gaps):+.3f}", f"{low:+.3f} to {high:+.3f}"]
+    assert re.fullmatch(r"[+-]0\.\d{3} to [+-]0\.\d{3}", copy[4])
+    assert csi[:2] == ["(DIA) - (CSI)", "2"] and csi[3] == ""              # one seed has no t interval
+    assert page.differences(rows[:1], scores, "pneumoniamnist", "9 steps") == ""
 
 
-def test_comparison_leaves_out_what_has_no_scores(tables):
-    """A run without scores by `local` gives an empty cell there; the others stay in their columns."""
-    rng, labels = np.random.default_rng(0), np.array([0] * 30 + [1] * 50)
-    scores = {results.key_of(r): rng.normal(size=80) for r in tables}
-
-    def cells(known):
-        lines = results.comparisons(tables, {**known, "labels": labels}, "400 steps").splitlines()[2:]
-        return [cell.strip() for line in lines for cell in line.split("|")[1:-1]]
-
-    for score, i in (("csi", 2), ("local", 4)):
-        fewer = {k: v for k, v in scores.items() if k[-1] != score or k[1] != "none"}
-        expected = cells(scores)
-        assert expected[i]
-        expected[i] = ""
-        assert cells(fewer) == expected
-    assert cells({}) == []
+def test_changes_by_stage_1_are_means_over_seeds():
+    rows = [row("DIA", 0, 0.8, stage1="500 10.00 11.00; 1000 8.00 9.00"),
+            row("DIA", 1, 0.8, stage1="500 12.00 13.00")]
+    said = page.memorised(rows, "pneumoniamnist", "9 steps")
+    assert said.endswith("500 steps 11.00 and 12.00; 1,000 steps 8.00 and 9.00.")
+    assert page.memorised([row("DIA", 0, 0.8)], "pneumoniamnist", "9 steps") == ""
 
 
-def test_baselines_stand_beside_settings_that_they_do_not_have():
-    full = "400 steps, t_range=100-200, dissolve_size=64, gain=4.0, twin_weight=1000.0"
-    assert results.as_run(full, "none") == "400 steps"
-    assert results.as_run(full, "copy") == "400 steps, twin_weight=1000.0"
-    assert results.as_run(full, "resize") == "400 steps, dissolve_size=64, twin_weight=1000.0"
-    assert results.as_run(full, "residual") == full
-    assert results.as_run(full, "diffusion") == full.replace(", gain=4.0", "")
-    assert results.as_run("400 steps, twins=excluded, draws=2", "none") == "400 steps, draws=2"
-    assert results.as_run(results.SHOWN, "none, as long") == "620 steps"
-    assert results.as_run("7 steps", "none, as long") == ""
+def test_front_page_has_its_columns_and_the_highest_floor(study):
+    rows = [row("DIA", 0, 0.5, budget="`--quick`"), row("DIA", 1, 0.7, budget="`--quick`"),
+            row("floor: pixels", "", 0.75, budget=""), row("floor: untrained", 0, 0.8, budget=""),
+            row("floor: untrained", 1, 0.6, budget="")]
+    with open(study / "results.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS.split(","), *(r.values() for r in rows)])
+    table = cells(page.front())
+    column = page.FRONT.index(("pneumoniamnist", "`--quick`")) + 1
+    assert [line[column] for line in table[2:]] == [
+        "0.600 ± 0.141", "not run", "nothing to resize at 28 px", "not run", "0.750, pixels"]
+    assert table[2][-1] == "0.903" and table[3][-1] == "0.834" and table[2][1] == "not run"
 
 
-def test_settings_whose_runs_stand_beside_another_have_no_table(tables, monkeypatch):
-    assert results.settings_tested(tables) == ["400 steps"]                     # search seeds' are not there
-    weighed = [{**tables[0], "setting": s} for s in ("400 steps, twin_weight=9.0", "60 steps")]
-    assert results.settings_tested(tables + weighed) == ["60 steps", "400 steps", weighed[0]["setting"]]
-    alone = [r for r in tables if r["dissolve"] == "none"]
-    assert results.settings_tested(alone) == ["400 steps"]
-    assert results.settings_tested(alone + weighed[:1]) == ["400 steps, twin_weight=9.0"]
-    monkeypatch.setitem(results.AS_LONG, "400 steps, twin_weight=9.0", "620 steps")
-    longer = [{**r, "setting": "620 steps"} for r in alone]
-    assert results.settings_tested(alone + longer + weighed[:1]) == ["400 steps, twin_weight=9.0"]
+def test_multiply_adds_are_counted_by_hand():
+    """The encoder's are ResNet-18's 1.81 G at 224 px; a UNet at 64 px has four times those at 32 px."""
+    table = cells(page.table6())[2:]
+    assert [float(c) for c in table[3][1:]] == pytest.approx([11.51, 1.81], abs=0.02)
+    assert float(table[1][2]) == pytest.approx(4 * float(table[0][2]), rel=0.05)
+    count = sum(p.numel() for p in dia_lib.UNet(3).parameters()) / 1e6
+    assert float(table[0][1]) == pytest.approx(count, abs=0.006)
 
 
-def test_csi_for_as_many_seconds_has_a_line_of_its_own(tables, monkeypatch):
-    monkeypatch.setitem(results.AS_LONG, "400 steps", "620 steps")
-    longer = [{**r, "setting": "620 steps", "auroc": 0.9} for r in tables
-              if r["dissolve"] == "none" and r["seed"] == 1]
-    table = results.contrast(tables + longer, "400 steps")
-    assert "| CSI (`none`) | 1 | **0.700** (0.700)" in table
-    assert "| CSI for as many seconds | 1 | **0.900** (0.900)" in table
+def test_the_page_is_in_step_with_the_results(tmp_path, monkeypatch):
+    """What python -m study.paper writes is what stands there: no number typed by hand, none forgotten."""
+    home = tmp_path / "study"
+    home.mkdir()
+    for path in (page.HERE / "README.md", page.HERE.parent / "README.md"):
+        shutil.copy(path, home if path.parent == page.HERE else tmp_path)
+    pages = [(page.HERE / "README.md").read_text(), (page.HERE.parent / "README.md").read_text()]
+    monkeypatch.setattr(page, "HERE", home)
+    page.write()
+    assert [(home / "README.md").read_text(), (tmp_path / "README.md").read_text()] == pages
+    assert list(page.read(page.TABLE)[0]) == COLUMNS.split(",")
 
 
-def test_the_page_is_in_step_with_the_results():
-    """What python -m study.results writes is what stands there: no number typed by hand, none forgotten."""
-    assert (results.HERE / "README.md").read_text() == results.page()
-    front = (results.HERE.parent / "README.md").read_text()
-    assert front == put(front, "front", results.front())
+# ---- The released code's quirks ------------------------------------------------------------------------
 
 
-def test_the_front_page_has_the_runs_of_quick_and_the_highest_floor(study):
-    """Means of last steps by csi on both sets, beside what the paper has and the highest of the floors."""
-    n = results.QUICK.split()[0]
-    mine = f"image_size=64 batch_size=16 steps={n} draws=2"
-    runs = [("elpv,none", 0, 0.5), ("elpv,none", 1, 0.7), ("elpv,none", 10, 0.9),
-            ("pneumoniamnist,diffusion", 0, 0.8)]
-    rows = [f"{run},{mine},{seed},{n},csi,1,,{auroc},,,abc," for run, seed, auroc in runs]
-    rows += ["elpv,floor: pixels,image_size=64 holdout=0.1 draws=2,,0,,,,0.75,,,,",
-             "elpv,floor: pixels,image_size=64 holdout=0.1,,0,,,,0.99,,,,",
-             "elpv,floor: untrained,image_size=64 holdout=0.1 draws=2,0,0,csi,,,0.74,,,,"]
-    (study / "results.csv").write_text("\n".join([HEADER, *rows]) + "\n")
-    cells = [line.strip("| ").split(" | ") for line in results.front().splitlines()]
-    assert cells[2] == ["DIA: dissolved", "not run", "0.800", "0.903"]
-    assert cells[3] == ["CSI: no third view", "0.600 ± 0.141", "not run", "0.834"]
-    assert cells[-1][:3] == ["the highest floor", "0.750, pixels", "not run"]
-
-
-def test_what_was_tried_for_quick_is_told_by_setting(study):
-    setting = "none,LARS,16,0.08"
-    rows = ["data,dissolve,optimizer,batch_size,crop_min,steps,seed,auroc,line,patch,haze,cos,local,real",
-            f"elpv,{setting},200,10,0.6,0.5,0.6,0.7,0,0,", f"elpv,{setting},200,11,0.8,0.7,0.8,0.9,0,0,",
-            f"pneumoniamnist,{setting},200,10,0.5,0.4,0.5,0.6,0,0,0.9",
-            f"elpv,{setting},400,10,0.1,0.1,0.1,0.1,0,0,"]
-    (study / "quick.csv").write_text("\n".join(rows) + "\n")
-    lines = results.tried().splitlines()[2:]
-    assert lines[0] == ("| CSI (`none`) | 200 steps of 16, LARS, crops from 0.08 | "
-                        "0.700 / 0.600 / 0.700 / 0.800 | 0.500 / 0.400 / 0.500 / 0.600 | 0.900 | 2, 1 |")
-    assert "400 steps" in lines[1] and lines[1].endswith("|  |  | 1, 0 |") and len(lines) == 2
-
-
-def test_summary_has_the_settings_below_each_other(tables, monkeypatch):
-    settings = {"a": "400 steps", "b": "400 steps, image_size=96", "c": "2000 steps"}
-    monkeypatch.setattr(results, "SUMMARY", settings)
-    longer = [{**r, "setting": "2000 steps", "auroc": 0.9} for r in tables
-              if r["dissolve"] == "none" and r["seed"] == 1]
-    cells = [line.strip("| ").split(" | ") for line in results.summary(tables + longer).splitlines()]
-    scores = [f"`{s}`" for s in results.SCORES]
-    assert cells[0] == ["setting", "score", "DIA (`diffusion`)", "CSI (`none`)"]
-    assert [c[1] for c in cells[2:]] == scores * 3
-    assert [c[2:] for c in cells[2:]] == ([["0.720 ± 0.014", "0.700"]] * 3 + [["not run"] * 2] * 3
-                                          + [["not run", "0.900"]] * 3)
-
-
-def test_similarities_are_means_over_the_runs_of_a_mode():
-    cells = {f"csi_{d}_{c}": "0.7" for d in (0.1, 0.2) for c in (0.2, 0.8)}
-    probes = [{"dissolve": m, "seed": str(i), "sim_resize": v, **cells}
-              for i, (m, v) in enumerate((("diffusion", "0.5"), ("diffusion", "0.7"), ("none", "0.9")))]
-    assert results.similarities(probes).splitlines()[2:] == ["| DIA (`diffusion`) | 0, 1 | 0.60 |",
-                                                             "| CSI (`none`) | 2 | 0.90 |"]
-
-
-def by_hand(rows, column):
-    """AUROC of a column of scores.csv: the share of pairs that are ranked right, ties count half."""
-    a, n = ([float(r[column]) for r in rows if r["label"] == label] for label in "10")
-    return np.mean([(x > y) + (x == y) / 2 for x in a for y in n])
-
-
-def test_a_scored_run_is_added_once_with_its_figures(own_chain, study, monkeypatch):
-    """AUROCs and scores of csi and cos are those of scores.csv; the same run again replaces its rows.
-
-    Rows that were there stay as they were. `local` has a row as soon as extras.predict has been at work;
-    figures on synthetic defects are of the last row of extras.choose. Then the page is written.
-    """
-    before = {name: (study / name).read_text() for name in ("results.csv", "results-scores.csv")}
-    monkeypatch.setattr(results, "page", lambda: "the page")
-    assert call(results, own_chain) is None
-    with open(own_chain / "scores.csv", newline="") as file:
-        images = list(csv.DictReader(file))
-    rows = results.read(study / "results.csv", "tiles")
-    assert [r["score"] for r in rows] == ["csi", "cos"] and {r["dissolve"] for r in rows} == {"diffusion"}
-    for row, column in zip(rows, ("score", "cos"), strict=True):
-        assert row["auroc"] == pytest.approx(by_hand(images, column), abs=6e-5)
-        words = row["settings"].split()
-        assert {"draws=2", "steps=4", "batch_size=4", "image_size=40", "holdout=0.3", "stage1_dim=8",
-                "stage1_steps=4"} <= set(words)
-        assert not {"data", "seed", "dissolve", "gamma", "stage1_seed"} & {w.split("=")[0] for w in words}
-        assert (row["seed"], row["steps"], row["last"]) == (0, 4, True)
-        assert row["val_auroc"] is None and row["processor"]
-    log = [json.loads(line) for line in (own_chain / "log.jsonl").read_text().splitlines()]
-    seconds = [r["seconds"] for r in log if r["stage"] == "dia"][-1]
-    assert rows[0]["minutes"] == pytest.approx(seconds / 60, abs=6e-5)
-    scores = results.read_scores(study / "results-scores.csv", "tiles")
-    assert scores["labels"].tolist() == [float(r["label"]) for r in images]
-    for row, column in zip(rows, ("score", "cos"), strict=True):
-        assert scores[results.key_of(row)] == pytest.approx([float(r[column]) for r in images], rel=1e-6)
-    floors = results.floors(study / "results.csv", "tiles")
-    metrics = json.loads((own_chain / "metrics.json").read_text())
-    assert sorted(name for name, _ in floors) == ["encoder untrained, `csi`", "minus mean brightness",
-                                                  "nearest neighbour on 32 px pixels"]
-    assert floors["encoder untrained, `csi`", "40 px, draws=2"] == [
-        pytest.approx(metrics["floors_auroc"]["encoder untrained"], abs=6e-5)]
-
-    assert call(predict, own_chain, "--test", "--passes", 2) is None
-    found = json.loads((own_chain / "decisions.json").read_text())
-    found["local"]["auroc"] = 0.4321                            # it may be that of cos on so few images
-    (own_chain / "decisions.json").write_text(json.dumps(found))
-    dia_lib.Log(own_chain, "choose", 4)(4, show=False, val_auroc=0.1, val_cos=0.2, val_local=0.3)
-    dia_lib.Log(own_chain, "choose", 4)(4, show=False, val_auroc=0.7, val_cos=0.8, val_local=0.9)
-    assert call(results, own_chain) is None
-    rows = results.read(study / "results.csv", "tiles")
-    assert [(r["score"], r["val_auroc"]) for r in rows] == [("csi", 0.7), ("cos", 0.8), ("local", 0.9)]
-    assert rows[2]["auroc"] == 0.4321
-    assert len(results.read_scores(study / "results-scores.csv", "tiles")) == 3             # none of local
-    for name, text in before.items():
-        assert (study / name).read_text().startswith(text)
-    assert (study / "README.md").read_text() == "the page"
-
-
-def test_new_rows_have_a_table_of_their_own_and_leave_the_old_ones_alone(own_chain, study, capsys):
-    """Of the same data and steps as older rows: each table says what it said, and there is one more."""
-    def tables():
-        rows = results.read(study / "results.csv")
-        each = {s: results.contrast(rows, s) for s in results.settings_tested(rows)}
-        return each | {"summary": results.summary(rows), "search": results.search(rows)}
-
-    rng, before = np.random.default_rng(0), tables()
-    labels = results.read_scores(study / "results-scores.csv")["labels"].astype(int)
-    metrics, scores = json.loads((own_chain / "metrics.json").read_text()), []
-    for mode in ("diffusion", "none"):
-        s = metrics["settings"]
-        usual = {"image_size": 64, "batch_size": 16, "steps": 2000, "holdout": 0.1}
-        s |= {"data": "elpv", "dissolve": mode, **usual, "given": {**s["given"], **usual}}
-        (own_chain / "metrics.json").write_text(json.dumps({**metrics, "step": 2000, "settings": s}))
-        scores.append(labels + rng.normal(size=len(labels)))
-        lines = [f"{y},,{score},{score}" for y, score in zip(labels, scores[-1], strict=True)]
-        (own_chain / "scores.csv").write_text("\n".join(["label,group,score,cos", *lines]))
-        results.add(own_chain, "chip")
-    after, new = tables(), "2000 steps, draws=2"
-    assert after == {**before, new: after[new]} and new not in before
-    a, b = (roc_auc_score(labels, side) for side in scores)
-    first, second = after[new].splitlines()[2:]
-    assert first.startswith(f"| DIA (`diffusion`) | 0 | **{a:.3f}** ({a:.3f}) | **{a:.3f}** ({a:.3f}) | ")
-    assert second.startswith(f"| CSI (`none`) | 0 | **{b:.3f}** ({b:.3f}) |")
-    each = results.read_scores(study / "results-scores.csv")
-    line, = results.comparisons(results.read(study / "results.csv"), each, new).splitlines()[2:]
-    assert line.startswith(f"| diffusion - none | 0 (images only) | {a - b:+.3f} (")
-    assert len(line.split("|")) == 6                                            # none by local
-
-
-def test_weights_kept_on_the_way_have_their_own_rows(own_chain, study):
-    """--save-every's step-N: a row of its own, with the minutes and steps up to it."""
-    kept = own_chain / "step-2"
-    kept.mkdir()
-    metrics = json.loads((own_chain / "metrics.json").read_text())
-    (kept / "metrics.json").write_text(json.dumps({**metrics, "step": 2}))
-    shutil.copy(own_chain / "scores.csv", kept)
-    log = [{"stage": "dia", "step": step, "seconds": 60.0 * step} for step in (1, 2, 3, 4)]
-    (own_chain / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    results.add(own_chain, "chip")
-    results.add(kept, "chip")
-    rows = [r for r in results.read(study / "results.csv", "tiles") if r["score"] == "csi"]
-    assert [(r["steps"], r["last"], r["minutes"]) for r in rows] == [(4, True, 4.0), (2, False, 2.0)]
-
-
-def test_runs_that_do_not_fit_are_refused_and_nothing_is_added(own_chain, study, tmp_path):
-    before = (study / "results.csv").read_text()
-    assert "has no metrics.json: run evaluate.py" in call(results, tmp_path)
-    results.add(own_chain, "chip")
-    added = (study / "results.csv").read_text()
-    scores, metrics = own_chain / "scores.csv", json.loads((own_chain / "metrics.json").read_text())
-    text = scores.read_text()
-    (own_chain / "decisions.json").write_text('{"csi": {"auroc": 0.0123}, "local": {"auroc": 0.9}}')
-    assert "decisions.json is of other weights" in call(results, own_chain)
-    (own_chain / "decisions.json").unlink()
-    scores.write_text(re.sub(r"\n.*\n$", "\n", text))                                   # one image less
-    assert "other test images" in call(results, own_chain)
-    scores.write_text(text)
-    (own_chain / "metrics.json").write_text(json.dumps({**metrics, "settings": {"method": "nearest"}}))
-    assert "not of this version" in call(results, own_chain)
-    assert (study / "results.csv").read_text() == added != before
-
-
-def test_key_has_what_differs_from_the_paper_and_acts(chain):
-    """Of flags as they were given; not those that do nothing in a mode, nor stage 1 where none is used."""
-    s = dia_lib.load_checkpoint(chain / "dia.pt", "dia", "cpu")["settings"]
-
-    def words(**changes):
-        given = s["given"] | {k: v for k, v in changes.items() if k in s["given"]}
-        return results.run_key({**s, **changes, "given": given}, 4)["settings"]
-
-    usual = "image_size=40 holdout=0.3 steps=4 batch_size=4 draws=2"
-    assert set(words(dissolve="none").split()) == set(usual.split())
-    idle = words(dissolve="none", twins="excluded", t_range=[3, 9], dissolve_size=64)
-    assert set(idle.split()) == set(usual.split())
-    resized = words(dissolve="resize", t_range=[3, 9], dissolve_size=64)
-    assert set(resized.split()) == {*usual.split(), "dissolve_size=64"}
-    one = words(t_range=[3, 9], gamma=2.0, normal_class="good")
-    assert {"t_range=3-9", "gamma=2.0", "normal_class=good"} <= set(one.split())
-    assert "stage1_seed=5" in words(stage1={**s["stage1"], "seed": 5})
-    other = results.run_key({**s, "seed": 5, "stage1": {**s["stage1"], "seed": 5}}, 4)
-    assert "stage1_seed" not in other["settings"] and other["seed"] == 5
-
-
-def test_spots_are_one_dark_disc_inside_the_image():
-    images = torch.full((50, 1, 64, 64), 200, dtype=torch.uint8)
-    for diameter in probe.DIAMETERS:
-        out = probe.spots(images, diameter, 0.4, dia_lib.step_generator("cpu", 0, "spots", 0))
-        area = (200 - out.float()).sum((1, 2, 3)) / (200 * 0.4)
-        assert torch.allclose(area, torch.full_like(area, 3.1416 * (64 * diameter / 2) ** 2), rtol=0.25)
-        assert out.min() >= 120 and (out[:, :, [0, -1]] == 200).float().mean() > 0.9
-    assert not torch.equal(out[0], out[1])
-
-
-def test_similarities_are_of_the_views_that_stage_2_makes():
-    """A mode's view is of the small image, but without diffusion never of one enlarged for the UNet."""
-    x = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-
-    class Flat(torch.nn.Module):
-        def forward(self, images):
-            return images.flatten(1), None
-
-    def cosine(view):
-        return torch.nn.functional.cosine_similarity(x.flatten(1), view.flatten(1)).mean().item()
+def test_quirks_are_what_they_say():
+    x = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    abar, seen = dia_lib.alpha_bar(), []
 
     def unet(y, t):
-        return 0.1 * t.view(-1, 1, 1, 1) * torch.ones_like(y)
+        seen.append((y, t))
+        return 0.1 * y
 
-    abar = dia_lib.alpha_bar()
-    for h in (8, 24):
-        small = torch.rand(6, 1, h, h, generator=torch.Generator().manual_seed(1))
-        row = probe.similarities(Flat(), x, small, unet, abar, 7, 32)
-        y, times = small if h < 16 else x, torch.full((6,), 7)
-        for mode in ("resize", "gaussian", "median"):
-            assert row[f"sim_{mode}"] == pytest.approx(cosine(dia_lib.dissolve_view(y, 16, mode)), abs=1e-6)
-        view = dia_lib.dissolve_view(small, 16, "diffusion", unet, times, abar, 32)
-        assert row["sim_diffusion"] == pytest.approx(cosine(view), abs=1e-6)
+    t = torch.arange(30, 126, 12)
+    view = as_released.unscaled(x, 28, "diffusion", unet, t, abar, 32)
+    padded = dia_lib.pad_to(x, 32)
+    assert torch.equal(seen[0][0], padded)                                  # [0, 1] goes in
+    a, b = ((1 / abar[t]).sqrt().view(-1, 1, 1, 1), (1 / abar[t] - 1).sqrt().view(-1, 1, 1, 1))
+    assert torch.allclose(view, (a * padded - b * 0.1 * padded).clamp(-1, 1)[..., 2:30, 2:30], atol=1e-5)
+
+    seen.clear()
+    views = as_released.by_shift(dia_lib.dissolve_view)(x, 28, "diffusion", unet, t, abar, 32)
+    assert views.shape == (4, 8, 1, 28, 28) and len(seen) == 4
+    for (_, times), first in zip(seen, t[[0, 2, 4, 7]], strict=True):
+        assert times.unique().numel() == 1 and times[0] == 30 + math.floor((first - 30) * 0.7)
+    assert all(30 <= times[0] <= 99 for _, times in seen)
+
+    u = torch.rand(11, 3 * 4 * 8, generator=torch.Generator().manual_seed(1))
+    same = as_released.make_views([x, x.flip(3), x.expand(4, -1, -1, -1, -1)], "rotate", u)
+    assert torch.equal(same, dia_lib.make_views([x, x.flip(3), x], "rotate", u))
+    other = as_released.make_views([x, x, torch.stack([x, x, 0 * x, x])], "rotate", u)
+    where = (other != dia_lib.make_views([x, x, x], "rotate", u)).flatten(1).any(1).nonzero().flatten()
+    assert set(where.tolist()) <= set(range((2 * 4 + 2) * 8, (2 * 4 + 3) * 8)) and len(where) == 8
 
 
-def test_probe_of_a_run(chain, folder, tmp_path, monkeypatch, capsys):
-    """Similarities of an encoder that saw little; a spot that can't be missed, one that can't be seen."""
-    monkeypatch.setattr(probe, "DIAMETERS", (1 / 16, 1 / 2))
-    monkeypatch.setattr(probe, "CONTRASTS", (0.001, 0.1, 0.8))
-    argv = ["--out", chain, "--diffusion", chain / "diffusion.pt", "--results", tmp_path / "probe.csv"]
-    assert call(probe, *argv) is None and call(probe, *argv) is None
-    row, = csv.DictReader((tmp_path / "probe.csv").open())
-    assert {"sim_resize", "sim_diffusion", "sim_augmented", "sim_other", "local_0.5_0.8"} <= row.keys()
-    assert row["dissolve"] == "diffusion" and "draws=2" in row["settings"].split()
-    assert all(-1 <= float(v) <= 1 for k, v in row.items() if k.startswith("sim_"))
-    assert 0.4 <= float(row["local_0.0625_0.001"]) <= 0.6 and float(row["local_0.5_0.8"]) > 0.8
-    state = dia_lib.load_checkpoint(chain / "dia.pt", "dia", "cpu")
-    data, encoder = evaluate.data_of(state["settings"], chain), dia_lib.load_encoder(state, "cpu")
-    held, cpu = data.held[~data.calibration], torch.device("cpu")
-    generator = dia_lib.step_generator("cpu", 0, "spots", 1)                # of the second diameter
-    images = torch.cat([held, *(probe.spots(held, 1 / 2, 0.1, generator) for _ in range(2))])
-    by_local = local.local_score(local.local_fit(encoder, data.train, cpu), encoder, images, cpu)
-    stats = dia_lib.csi_fit(*dia_lib.embed(encoder, data.train, "rotate", 2, cpu))
-    parts = dia_lib.csi_parts(stats, *dia_lib.embed(encoder, images, "rotate", 2, cpu))
-    for score, values in (("local", by_local), ("csi", parts["csi"]), ("cos", parts["cos"])):
-        auroc = roc_auc_score(torch.arange(len(images)) >= len(held), values)
-        assert float(row[f"{score}_0.5_0.1"]) == pytest.approx(auroc, abs=6e-5)
-    other = tmp_path / "other"
-    args = ["--data", folder, "--out", other, *STAGE2, "--holdout", "0.2", "--dissolve", "none", "--steps", 1]
-    assert call(train_dia, *args) is None
-    assert "not trained on the same images" in call(probe, "--out", other, *argv[2:])
+def test_draws_repeat_from_the_second_epoch_on():
+    usual = [dia_lib.batch_indices(12, 4, 0, step) for step in range(9)]
+    drawn = [dia_lib.draw_step(0, step, 3, 4)[1] for step in range(9)]
+    with as_released.patched({"draws"}, 3):
+        again = [train_dia.batch_indices(12, 4, 0, step) for step in range(9)]
+        flips = [train_dia.draw_step(0, step, 3, 4)[1] for step in range(9)]
+    for step in range(9):
+        at = step if step < 6 else step - 3
+        assert torch.equal(again[step], usual[at]) and torch.equal(flips[step], drawn[at])
+    assert not torch.equal(flips[0], flips[3])
+    assert train_dia.draw_step is dia_lib.draw_step                         # the core is as it was
+
+
+def test_all_quirks_train_and_leave_their_rows(npz, study, tmp_path):
+    """All five at once, raw weights and twins alone, beside DIA: each gives another encoder."""
+    words = ["--data", npz, "--normal-class", 0, "--steps", "quick", "--seeds", 0, "--out", tmp_path / "runs"]
+    assert run(npz, tmp_path / "runs", "DIA") is None
+    assert call(as_released, *words, "--quirks", "all", "raw", "twins") is None
+    rows = {r["line"]: r for r in page.read(study / "results.csv") if r["budget"]}
+    assert list(rows) == ["DIA", *(f"DIA, as released: {name}" for name in ("all", "raw", "twins"))]
+    folder = tmp_path / "runs" / "small-quick" / "s0"
+    states = [dia_lib.load_checkpoint(folder / paper.plain(line) / "dia.pt", "dia", "cpu") for line in rows]
+    weights = [torch.cat([v.flatten().float() for v in s["encoder"].values()]) for s in states]
+    assert all(not torch.equal(weights[0], other) for other in weights[1:])
+    assert [s["settings"]["twins"] for s in states] == ["negative", "excluded", "negative", "excluded"]
+    assert len(list(folder.glob("stage1*"))) == 1                           # one stage 1 for all

@@ -1,0 +1,98 @@
+"""What the quirks of the paper's released code are worth: DIA with all of them, with each one alone.
+
+    python -m study.as_released --steps 5000 --seeds 0 1 2              # PneumoniaMNIST
+    python -m study.as_released --steps 5000 --quirks all input
+
+The quirks stand in for functions that train_dia.py takes from dia_lib.py; no file of the core is changed, and
+no line of the released code is used. The UNet and its training stay ours. One more quirk, the epoch that is
+best on the test set, is a column of the page's table, for every line.
+"""
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m study.as_released, in the project's folder.")
+
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+import dia_lib
+import train_dia
+from dia_lib import K, augment, batch_indices, dissolve, draw_step, pad_to, shift_views
+from study.page import write
+from study.paper import make, run_flags, steps_of
+
+QUIRKS = {
+    "all": "all of these together",
+    "input": "the UNet, trained on [-1, 1], is given [0, 1]; what it returns is not scaled either",
+    "t": "t from 30 to 99, one for a whole batch and shift: each shift's copies are dissolved apart",
+    "raw": "the UNet's weights after the last step in place of their average",
+    "twins": "an image's own dissolved view of the same shift is not among its negatives",
+    "draws": "from the second epoch on, each epoch repeats the draws of the second",
+}
+
+
+def unscaled(small, H, mode, unet, t, abar, canvas=32):
+    """`dissolve_view` without a scale: images in [0, 1] (B, C, h, h) -> (B, C, H, H), within [-1, 1]."""
+    h = small.shape[-1]
+    edge = max(0, canvas - h) // 2
+    y = dissolve(unet, pad_to(small, canvas), t, abar)[..., edge:edge + h, edge:edge + h]
+    return y if h == H else F.interpolate(y, (H, H), mode="bilinear", align_corners=False, antialias=h > H)
+
+
+def by_shift(view):
+    """A `dissolve_view` that dissolves K times, with one t each: (B, C, h, h) -> (K, B, C, H, H).
+
+    Of the t in [30, 130) that stage 2 has drawn for its images, K serve, brought to 30 ... 99.
+    """
+    def views(small, H, mode, unet, t, abar, canvas=32):
+        each = 30 + (t[torch.linspace(0, len(t) - 1, K).long()] - 30) * 70 // 100
+        return torch.stack([view(small, H, mode, unet, tk.expand(len(small)), abar, canvas) for tk in each])
+
+    return views
+
+
+def make_views(views, shift, u, crop=(0.08, 1.0)):
+    """dia_lib's, of a third view (K, B, C, H, W) that was dissolved for each shift apart."""
+    third = [shift_views(part, shift).unflatten(0, (K, -1))[k] for k, part in enumerate(views[2])]
+    return augment(torch.cat([*(shift_views(view, shift) for view in views[:2]), *third]), u, crop)
+
+
+def raw_unet(state, device):
+    """`load_unet`, of the weights that were not averaged."""
+    return dia_lib.load_unet({**state, "ema": state["unet"]}, device)
+
+
+def patched(names, epoch):
+    """A context in which stage 2 has these quirks. epoch: the steps of one."""
+    def repeated(step):
+        return step if step < epoch else epoch + step % epoch
+
+    view = unscaled if "input" in names else dia_lib.dissolve_view
+    changes = {"dissolve_view": by_shift(view) if "t" in names else view}
+    if "t" in names:
+        changes["make_views"] = make_views
+    if "raw" in names:
+        changes["load_unet"] = raw_unet
+    if "draws" in names:
+        changes["draw_step"] = lambda seed, step, *sizes: draw_step(seed, repeated(step), *sizes)
+        changes["batch_indices"] = lambda n, batch, seed, step: batch_indices(n, batch, seed, repeated(step))
+    return patch.multiple(train_dia, **changes)
+
+
+def main():
+    parser = run_flags(__doc__)
+    parser.add_argument("--quirks", nargs="+", choices=QUIRKS, default=list(QUIRKS), help="; ".join(
+        f"{name}: {text}" for name, text in QUIRKS.items()) + " (default: each of them)")
+    args = parser.parse_args()
+    *_, epoch = steps_of(args)
+    for seed in args.seeds:
+        for name in args.quirks:
+            names = set(QUIRKS) if name == "all" else {name}
+            flags = "", "--twins excluded" if "twins" in names else ""
+            make(args, f"DIA, as released: {name}", seed, flags, patched(names, epoch))
+    write()
+
+
+if __name__ == "__main__":
+    dia_lib.run(main, "the same command goes on where it was")

@@ -1,0 +1,295 @@
+"""The paper's tables: trains and scores what is missing of one, then writes the tables of this folder's page.
+
+    python -m study.paper table1 --steps quick --seeds 0 --lines CSI            # one row, on a CPU
+    python -m study.paper table1 --steps 5000 --seeds 0 1 2 3 4                 # PneumoniaMNIST, on a GPU
+    python -m study.paper table1                                                # the paper's budget
+    python -m study.paper table2 --data data/sarscov2
+    python -m study.paper                                                       # the tables alone
+
+A run that is in results.csv is not made again; stopped and started again, the command goes on where it was.
+The AUROC is that of the last step: nothing is chosen on test images. Beside it stands, under its own name,
+the best of 20 checkpoints by test AUROC, since the paper's figures are of that kind.
+"""
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as python -m study.paper, in the project's folder.")
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torchvision.transforms.functional import gaussian_blur
+
+import dia_lib
+import evaluate
+import train_dia
+import train_diffusion
+from dia_lib import csi_fit, csi_score, embed, load_checkpoint, load_data, load_encoder, to_float
+from extras.choose import choose
+from extras.tables import insert, processor
+from study.page import KEY, NOTHING, SCORES, TABLE, read, write
+
+T_RANGES = ["30 130", "130 230", "230 330", "330 430", "430 530"]
+LINES = {                       # a line of a table: its flags in stage 1, None where it needs none, and in 2
+    "DIA": ("", "--dissolve diffusion"),
+    "CSI": (None, "--dissolve none"),
+    "copy": (None, "--dissolve copy"),
+    "resize": (None, "--dissolve resize"),
+    "gaussian": (None, "--dissolve gaussian"),
+    "median": (None, "--dissolve median"),
+    # DIA divides its contrastive loss by V*N, so it has 2/3 of CSI's weight. LARS does not mind the scale of
+    # a loss: 3/2 of the shift classifier's is the same
+    "CSI, contrast x 2/3": (None, "--dissolve none --gamma 1.5"),
+    "CSI, as long as DIA": (None, "--dissolve none"),                       # in seconds, stage 1 included
+    "gaussian, as strong as DIA": (None, "--dissolve gaussian"),            # changes images as much
+    **{f"DIA, t {t.replace(' ', '-')}": ("", f"--t-range {t}") for t in T_RANGES},
+    "DIA, a tenth of stage 1's images": ("--fraction 0.1", ""),
+    **{f"{line}, {shift}": (first, f"{second} --shift {shift}") for shift in ("rotate", "perm")
+       for line, first, second in (("DIA", "", ""), ("CSI", None, "--dissolve none"))},
+    **{f"DIA, dissolved at {size} px": (f"--dissolve-size {size}", "") for size in (32, 64, 128)},
+}
+TABLES = {
+    "table1": list(LINES)[:9],
+    "table2": [line for line in LINES if line.startswith("DIA, t ")],
+    "table3": ["DIA, a tenth of stage 1's images", "DIA"],
+    "table4": [line for line in LINES if line.endswith((", rotate", ", perm"))],
+    "table5": [line for line in LINES if "dissolved at" in line],
+    "table6": [],                                                           # parameters: needs no run
+}
+
+
+# ---- Runs ----------------------------------------------------------------------------------------------
+
+
+def call(module, *words):
+    """Run a script's main() with these words as its command line."""
+    with patch.object(sys, "argv", [module.__name__, *map(str, words)]):
+        module.main()
+
+
+def plain(name):
+    """"DIA, t 30-130" -> "dia-t-30-130": of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def budget_of(args):
+    """The flags of both stages for --steps and --batch-size, and a name for them."""
+    size = ["--batch-size", args.batch_size] if args.batch_size else []
+    flags, name = {"full": ([], "the paper's budget"), "quick": (["--quick"], "`--quick`")}.get(
+        args.steps, (["--steps", args.steps], f"{args.steps} steps"))
+    return [*flags, *size], name + (f" of {args.batch_size} images" if size else "")
+
+
+def code_version():
+    """The commit this code is at, with a + if *.py files differ from it; "" where that can't be told."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(TABLE.parent), *words], capture_output=True, text=True,
+                              timeout=10, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
+        return git("rev-parse", "--short=7", "HEAD").strip() + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def chip(device):
+    """What seconds are seconds of: the processor's name, and threads where it is not a GPU."""
+    threads = torch.get_num_threads()
+    text = f", {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
+    return processor(device) + text
+
+
+def logged(out, stage, name):
+    """The rows of a run's log in which a stage has written this value."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["stage"] == stage and name in row]
+
+
+def one_pass(folder, data, device):
+    """AUROC on the test images of the weights in a folder, by one test-time pass."""
+    state = load_checkpoint(folder / "dia.pt", "dia", device)
+    encoder, shift = load_encoder(state, device), state["settings"]["shift"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # a classifier that knows nothing yet, at first
+        stats = csi_fit(*embed(encoder, data.train, shift, 1, device))
+    return float(roc_auc_score(data.labels, csi_score(stats, *embed(encoder, data.test, shift, 1, device))))
+
+
+def held_out(args, mode, pixels, device):
+    """Up to 64 held-out images (n, C, H, H), and what stage 2 dissolves of them (n, C, h, h), in [0, 1]."""
+    def images(size):
+        data = load_data(args.data, size, ("train",), normal_class=args.normal_class)
+        return to_float(data.held[~data.calibration][:64], data.train.shape[1], device)
+
+    x = images(train_dia.QUICK["image_size"] if args.steps == "quick" else None)
+    return x, images(pixels if mode == "diffusion" else min(pixels, x.shape[-1]))
+
+
+def change(x, small, mode, t_range=(0, 1), unet=None, abar=None, canvas=32):
+    """Mean absolute change, in grey levels of 255, that a third view makes. Images: those of `held_out`."""
+    t = torch.linspace(*t_range, len(x) + 1, device=x.device)[:-1].long()
+    view = train_dia.dissolve_view(small, x.shape[-1], mode, unet, t, abar, canvas)
+    return (view - x).abs().mean().item() * 255
+
+
+def change_of(args, out, stage1, device):
+    """`change` by the third view of a run; None if it changes nothing. stage1: path of its checkpoint."""
+    s = load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"]
+    if s["dissolve"] in ("none", "copy"):
+        return None
+    unet = train_dia.load_unet(load_checkpoint(stage1, "diffusion", "cpu"), device) if stage1 else [None] * 2
+    x, small = held_out(args, s["dissolve"], s["dissolve_size"], device)
+    return change(x, small, s["dissolve"], s["t_range"], *unet, s["dissolve_size"]) if len(x) else None
+
+
+def with_sigma(sigma):
+    """While it lasts, gaussian third views are blurred by this sigma, in pixels."""
+    def blur(x, *_):
+        radius = min(x.shape[-1] - 1, math.ceil(3 * sigma))
+        return gaussian_blur(x, 2 * radius + 1, sigma)
+
+    return patch.object(dia_lib, "gaussian_blur", blur)
+
+
+def as_strong(target, x, small):
+    """The sigma, in pixels, by which a gaussian third view changes images by target grey levels."""
+    low, high = 0.05, 20.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        with with_sigma(middle):
+            low, high = (middle, high) if change(x, small, "gaussian") < target else (low, middle)
+    return middle
+
+
+def steps_of(args):
+    """Steps of stage 1, of stage 2, and of an epoch of stage 2 as the released code counts them."""
+    size = args.batch_size or (train_dia.QUICK["batch_size"] if args.steps == "quick" else 32)
+    M = len(load_data(args.data, 32, ("train",), normal_class=args.normal_class).train)
+    epoch = min(M // size, 201)
+    return (*{"quick": (train_diffusion.QUICK["steps"], train_dia.QUICK["steps"]),
+              "full": (25_000, 1000 * epoch)}.get(args.steps, (args.steps, args.steps)), epoch)
+
+
+def make(args, line, seed, flags=None, around=None):
+    """Train and score a line with one seed, where results.csv has it not yet; its rows and scores go there.
+
+    flags: the line's, as in LINES (default: those).  around: a context for its stage 2 (default: none).
+    """
+    budget_flags, budget = budget_of(args)
+    key = dict(zip(KEY, (dia_lib.data_name(args.data), budget, line, str(seed)), strict=True))
+    title = f"{line}; {key['data']}, {budget}, seed {seed}"
+    rows = {tuple(row[k] for k in KEY): row for row in read(TABLE)}
+    if tuple(key.values()) in rows:
+        print(f"{title}: in results.csv already")
+        return
+    print(f"\n{title}", flush=True)
+    first, second = flags or LINES[line]
+    words = ["--data", args.data, "--device", args.device]
+    words += ["--normal-class", args.normal_class] if args.normal_class else []
+    trained, (steps1, steps2, _) = [*words, "--seed", seed, "--resume", *budget_flags], steps_of(args)
+    device, folder = dia_lib.pick_device(args.device), Path(args.out) / plain(f"{key['data']} {budget}")
+    folder, second = folder / f"s{seed}", second.split()
+    out, stage1, seconds, reports = folder / plain(line), None, 0.0, []
+
+    def other(name):                                                        # the row of another line
+        row = rows.get(tuple((key | {"line": name}).values()))
+        if not row or not row["seconds_2"]:
+            raise SystemExit(f"{title}: needs that of {name} first: add it to --lines, before this one")
+        return row
+
+    if first is not None:
+        at = folder / plain(f"stage1 {first}")
+        call(train_diffusion, *trained, *first.split(), "--out", at, "--save-every", math.ceil(steps1 / 8))
+        second, stage1 = [*second, "--diffusion", at / "diffusion.pt"], at / "diffusion.pt"
+        seconds = logged(at, "diffusion", "seconds")[-1]["seconds"]
+        reports = [f"{r['step']} {r['change_train']:.2f} {r['change_held']:.2f}"
+                   for r in logged(at, "diffusion", "change_held")]
+    if line == "CSI, as long as DIA":
+        seconds_of = [sum(float(other(name)[f"seconds_{i}"] or 0) for i in (1, 2)) for name in ("DIA", "CSI")]
+        steps2 = round(steps2 * seconds_of[0] / seconds_of[1])
+        second += ["--steps", steps2]
+    if line == "gaussian, as strong as DIA":
+        images = held_out(args, "gaussian", 32, device)
+        around = with_sigma(as_strong(float(other("DIA")["change"]), *images))
+    with around or nullcontext():
+        call(train_dia, *trained, *second, "--out", out, "--save-every", math.ceil(steps2 / 20))
+        changed = change_of(args, out, stage1, device)
+    call(evaluate, *words, "--out", out)
+    add(key, out, device, {"change": changed, "stage1": "; ".join(reports), "seconds_1": seconds})
+
+
+def add(key, out, device, known):
+    """Put a run that is scored, its floors and its scores into the tables. key, known: columns of its row."""
+    data = evaluate.data_of(load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"], out)
+    kept = sorted(out.glob("step-*"), key=lambda path: int(path.name[5:])) or [out]
+    each = [one_pass(path, data, device) for path in kept]
+    metrics = json.loads((out / "metrics.json").read_text())
+    chosen = choose(out, device)[1] if (~data.calibration).sum() > 1 else {}
+    row = {**key, "auroc": metrics["auroc"], "test_best": max(each), "test_last": each[-1], "kept": len(each),
+           "made_defects": chosen.get("val_auroc"), "val_anomalies": chosen.get("val_real"), **known,
+           "seconds_2": logged(out, "dia", "seconds")[-1]["seconds"], "commit": code_version(),
+           "processor": chip(device)}
+    floors = [dict.fromkeys(row, "") | {"data": key["data"], "line": f"floor: {floor}", "auroc": auroc,
+                                        "seed": key["seed"] if "untrained" in floor else ""}
+              for floor, auroc in metrics["floors_auroc"].items()]
+    images = read(out / "scores.csv")
+    insert(SCORES, [{**key, "values": " ".join(f"{float(i['score']):.6g}" for i in images)},
+                    {**dict.fromkeys(KEY, ""), "data": key["data"],
+                     "values": " ".join(i["label"] for i in images)}], KEY)
+    insert(TABLE, [{k: "" if v is None else f"{v:.4f}" if isinstance(v, float) else v for k, v in r.items()}
+                   for r in [*floors, row]], KEY)               # last: it says that all is there
+    for path in kept:
+        if path != out:
+            shutil.rmtree(path)
+
+
+def steps(text):
+    """"full", "quick" or a number of steps."""
+    return text if text in ("full", "quick") else dia_lib.number()(text)
+
+
+def run_flags(description):
+    """A parser of what run tables have in common."""
+    parser = dia_lib.make_parser(description, usage=None)
+    dia_lib.shared_flags(parser, data="pneumoniamnist")
+    parser.add_argument("--seeds", type=dia_lib.number(low=0), nargs="+", default=[0, 1, 2],
+                        help="(default: 0 1 2)")
+    parser.add_argument("--steps", default="full", type=steps, help="of both stages, full: the paper's, or "
+                        "quick: those of --quick (default: full)")
+    parser.add_argument("--batch-size", type=dia_lib.number(), help="images a step (default: the stages')")
+    parser.add_argument("--out", default="runs/paper", help="where runs are kept (default: runs/paper)")
+    return parser
+
+
+def main():
+    parser = run_flags(__doc__)
+    parser.add_argument("table", nargs="?", choices=TABLES, help="whose runs to make (default: none)")
+    parser.add_argument("--lines", nargs="+", choices=LINES, metavar="LINE",
+                        help="these lines alone (default: all of the table)")
+    args = parser.parse_args()
+    if args.table and TABLES[args.table]:
+        data = load_data(args.data, splits=("train",), normal_class=args.normal_class)
+        low, high = data.defaults["t_range"]
+        own = [f"t {low}-{high}", data.defaults["shift"], "dissolved at 32 px"]       # DIA, CSI have them
+        for seed in args.seeds:
+            for line in args.lines or TABLES[args.table]:
+                method, _, rest = line.partition(", ")
+                if why := NOTHING.get((data.name, line)):
+                    print(f"{line}: {why}")
+                else:
+                    make(args, method if rest in own else line, seed)
+    write()
+
+
+if __name__ == "__main__":
+    dia_lib.run(main, "the same command goes on where it was")
