@@ -10,9 +10,6 @@ import torch
 
 from dia_lib import whole
 
-PROCESSOR = "AMD EPYC"                  # that minutes are of, where no other is named
-
-
 def processor(device):
     """Name of the chip that computes ("AMD EPYC 9B14", "NVIDIA L4"): what minutes are minutes of."""
     if device.type == "cuda":
@@ -36,19 +33,6 @@ def spread(values):
         return ""
     mean = f"{statistics.fmean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
-
-
-def mean_minutes(pairs):
-    """"42.6" of several (minutes, processor); "42.6, 27.0 (Intel Xeon)" where they were measured on two.
-
-    None, the minutes of a run that was paused, does not count; "" of none.
-    """
-    each = {}
-    for minutes, name in pairs:
-        if minutes is not None:
-            named = name and not name.startswith(PROCESSOR)
-            each.setdefault(f" ({name})" if named else "", []).append(minutes)
-    return ", ".join(f"{statistics.fmean(minutes):.1f}{name}" for name, minutes in sorted(each.items()))
 
 
 def put(text, name, table):

@@ -1,11 +1,12 @@
-"""What the quirks of the paper's released code are worth: DIA with all of them, with each one alone.
+"""What the quirks of the paper's released code are worth: DIA with five of them, and with each alone.
 
     python -m study.as_released --steps 5000 --seeds 0 1 2              # PneumoniaMNIST
     python -m study.as_released --steps 5000 --quirks all input
 
 The quirks stand in for functions that train_dia.py takes from dia_lib.py; no file of the core is changed, and
-no line of the released code is used. The UNet and its training stay ours. One more quirk, the epoch that is
-best on the test set, is a column of the page's table, for every line.
+no line of the released code is used. What stays ours: stage 1, how images are scaled up, one flip of an image
+for its four shifts, the evaluation. A sixth quirk, the epoch that is best on the test set, is a column of the
+page's table, for every line.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -19,17 +20,18 @@ import torch.nn.functional as F
 import dia_lib
 import train_dia
 from dia_lib import K, augment, batch_indices, dissolve, draw_step, pad_to, shift_views
-from study.page import write
-from study.paper import make, run_flags, steps_of
+from study.paper import make_all, run_flags, steps_of
 
 QUIRKS = {
-    "all": "all of these together",
+    "all": "the five below together",
     "input": "the UNet, trained on [-1, 1], is given [0, 1]; what it returns is not scaled either",
-    "t": "t from 30 to 99, one for a whole batch and shift: each shift's copies are dissolved apart",
+    "t": "t from 30 to 99, one for a whole batch and shift",
     "raw": "the UNet's weights after the last step in place of their average",
     "twins": "an image's own dissolved view of the same shift is not among its negatives",
     "draws": "from the second epoch on, each epoch repeats the draws of the second",
 }
+
+FLAGS = {"t": "--t-range 30 100", "twins": "--twins excluded"}              # quirks that stage 2 knows
 
 
 def unscaled(small, H, mode, unet, t, abar, canvas=32):
@@ -43,10 +45,10 @@ def unscaled(small, H, mode, unet, t, abar, canvas=32):
 def by_shift(view):
     """A `dissolve_view` that dissolves K times, with one t each: (B, C, h, h) -> (K, B, C, H, H).
 
-    Of the t in [30, 130) that stage 2 has drawn for its images, K serve, brought to 30 ... 99.
+    Of the t that stage 2 has drawn for its images, K serve.
     """
     def views(small, H, mode, unet, t, abar, canvas=32):
-        each = 30 + (t[torch.linspace(0, len(t) - 1, K).long()] - 30) * 70 // 100
+        each = t[torch.linspace(0, len(t) - 1, K).long()]
         return torch.stack([view(small, H, mode, unet, tk.expand(len(small)), abar, canvas) for tk in each])
 
     return views
@@ -86,12 +88,9 @@ def main():
         f"{name}: {text}" for name, text in QUIRKS.items()) + " (default: each of them)")
     args = parser.parse_args()
     *_, epoch = steps_of(args)
-    for seed in args.seeds:
-        for name in args.quirks:
-            names = set(QUIRKS) if name == "all" else {name}
-            flags = "", "--twins excluded" if "twins" in names else ""
-            make(args, f"DIA, as released: {name}", seed, flags, patched(names, epoch))
-    write()
+    names = {f"DIA, as released: {name}": set(QUIRKS) if name == "all" else {name} for name in args.quirks}
+    flags = {line: " ".join(FLAGS[name] for name in FLAGS if name in names[line]) for line in names}
+    make_all(args, {line: ("", flags[line]) for line in names}, lambda line: patched(names[line], epoch))
 
 
 if __name__ == "__main__":

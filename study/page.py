@@ -10,7 +10,7 @@ from scipy.stats import ttest_1samp
 from torch.utils.flop_counter import FlopCounterMode
 
 import dia_lib
-from extras.tables import markdown, mean_minutes, put, spread
+from extras.tables import markdown, put, spread
 
 HERE = Path(__file__).parent
 TABLE, SCORES = HERE / "results.csv", HERE / "results-scores.csv"
@@ -19,11 +19,9 @@ SETS = {"elpv": "ELPV", "pneumoniamnist": "PneumoniaMNIST", "sarscov2": "SARS-Co
         "chest_xray_224": "chest X-rays"}
 PAPER = {                       # arXiv:2302.14696, Tables 1 to 5: mean AUROC at the best test epochs
     **{(data, "DIA"): auroc for data, auroc in {
-        "pneumoniamnist": 0.903, "breastmnist": 0.750, "sarscov2": 0.851, "kvasir": 0.860,
-        "aptos2019": 0.934}.items()},
+        "pneumoniamnist": 0.903, "sarscov2": 0.851, "kvasir": 0.860, "aptos2019": 0.934}.items()},
     **{(data, "CSI"): auroc for data, auroc in {
-        "pneumoniamnist": 0.834, "breastmnist": 0.546, "sarscov2": 0.785, "kvasir": 0.609,
-        "aptos2019": 0.927}.items()},
+        "pneumoniamnist": 0.834, "sarscov2": 0.785, "kvasir": 0.609, "aptos2019": 0.927}.items()},
     **{("sarscov2", f"DIA, {line}"): auroc for line, auroc in {
         "t 130-230": 0.827, "t 230-330": 0.790, "t 330-430": 0.815, "t 430-530": 0.803, "perm": 0.841,
         "dissolved at 64 px": 0.803, "dissolved at 128 px": 0.807}.items()},
@@ -33,9 +31,7 @@ PAIRS = [("DIA", "copy"), ("DIA", "CSI"), ("copy", "CSI"), ("CSI, contrast x 2/3
          ("DIA", "CSI, as long as DIA"), ("gaussian", "DIA"), ("gaussian, as strong as DIA", "DIA"),
          ("DIA", "resize"), ("resize", "CSI")]
 FRONT = [("elpv", "`--quick`"), ("pneumoniamnist", "`--quick`")]            # columns on the front page
-FRONT_LINES = {"DIA": "DIA: dissolved", "CSI": "CSI: no third view", "resize": "only resized, no diffusion",
-               "copy": "an ordinary third view"}
-NOTHING = {(data, "resize"): "nothing to resize at 28 px" for data in ("pneumoniamnist", "breastmnist")}
+FRONT_LINES = {"DIA": "DIA: dissolved", "CSI": "CSI: no third view", "copy": "`copy`: an ordinary third view"}
 csv.field_size_limit(2 ** 31 - 1)               # a row of results-scores.csv has all test images' scores
 
 
@@ -53,26 +49,42 @@ def runs_of(rows, data, budget, line):
 
 
 def figures(runs, name):
-    """The values of a column in runs, in order of their seeds; those that lack it are left out."""
-    return [float(runs[seed][name]) for seed in sorted(runs) if runs[seed][name]]
+    """The values of a column in runs, in order of their seeds; [] where a run lacks it."""
+    values = [runs[seed][name] for seed in sorted(runs)]
+    return [float(v) for v in values] if all(values) else []
+
+
+def lines_of(rows, data, budget):
+    """The names of lines that have runs at one set and budget, in the order of the table."""
+    names = dict.fromkeys(r["line"] for r in rows if (r["data"], r["budget"]) == (data, budget))
+    return [name for name in names if not name.startswith("floor: ")]
+
+
+def minutes_of(runs):
+    """"42.6 (AMD EPYC, 1 thread)": mean minutes of training, both stages, on each processor."""
+    each = {}
+    for row in runs.values():
+        seconds = float(row["seconds_1"] or 0) + float(row["seconds_2"])
+        each.setdefault(row["processor"], []).append(seconds / 60)
+    return ", ".join(f"{statistics.fmean(minutes):.1f} ({name})" for name, minutes in sorted(each.items()))
 
 
 def results(rows, data, budget):
     """The table of one set and budget: a line for each method with its seeds put together."""
     table = []
-    for line in dict.fromkeys(r["line"] for r in rows if (r["data"], r["budget"]) == (data, budget)):
+    for line in lines_of(rows, data, budget):
         runs = runs_of(rows, data, budget, line)
         aurocs, published = figures(runs, "auroc"), PAPER.get((data, line))
-        minutes = [(float(r["seconds_1"] or 0) + float(r["seconds_2"])) / 60 for r in runs.values()]
+        longer = f" ({', '.join(runs[s]['steps'] for s in sorted(runs))} steps)" if "as long" in line else ""
         table.append({
-            "": line, "seeds": ", ".join(map(str, sorted(runs))),
+            "": line + longer, "seeds": ", ".join(map(str, sorted(runs))),
             "AUROC at the last step": f"**{spread(aurocs)}** ({', '.join(f'{v:.3f}' for v in aurocs)})",
             "paper": f"{published:.3f}" if published else "",
-            "best of 20 by test": spread(figures(runs, "test_best")),
+            "best by test": spread(figures(runs, "test_best")),
+            "of": ", ".join(sorted({r["kept"] for r in runs.values()} - {""})),
             "made defects": spread(figures(runs, "made_defects")),
             "val anomalies": spread(figures(runs, "val_anomalies")),
-            "change": spread(figures(runs, "change")),
-            "minutes": mean_minutes(zip(minutes, (r["processor"] for r in runs.values()), strict=True))})
+            "change": spread(figures(runs, "change")), "minutes": minutes_of(runs)})
     header = [k for k in table[0] if any(line[k] for line in table)]
     return markdown(header, [[line[k] for k in header] for line in table])
 
@@ -100,29 +112,45 @@ def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
     return float(np.mean([gap.mean() for gap in gaps])), float(low), float(high)
 
 
+def gaps_of(rows, data, budget, first, second):
+    """Differences of AUROC, first - second, of the seeds that both have: {seed: gap}, and a 95% t interval.
+
+    The interval is None of fewer than two seeds.
+    """
+    a, b = (runs_of(rows, data, budget, line) for line in (first, second))
+    gaps = {seed: float(a[seed]["auroc"]) - float(b[seed]["auroc"]) for seed in sorted(set(a) & set(b))}
+    return gaps, ttest_1samp(list(gaps.values()), 0).confidence_interval() if len(gaps) > 1 else None
+
+
+def between(interval):
+    """"-0.048 to +0.023"; "" of None."""
+    return "{:+.3f} to {:+.3f}".format(*interval) if interval else ""
+
+
 def differences(rows, scores, data, budget):
-    """The paired differences of PAIRS at one set and budget, each with two intervals; "" without any."""
+    """Differences of AUROC, paired by seeds, at one set and budget, each with two intervals; "" without any.
+
+    They are those of PAIRS, and of every variant of DIA against DIA.
+    """
     table = []
-    for first, second in PAIRS:
-        a, b = (runs_of(rows, data, budget, line) for line in (first, second))
-        if not (seeds := sorted(set(a) & set(b))):
-            continue
-        sides = [[scores[data, budget, line, str(s)] for s in seeds] for line in (first, second)]
-        gap, *drawn = paired_bootstrap(scores[data, "", "", ""], *sides)
-        gaps = [float(a[s]["auroc"]) - float(b[s]["auroc"]) for s in seeds]
-        by_t = ttest_1samp(gaps, 0).confidence_interval() if len(seeds) > 1 else None
-        intervals = ("{:+.3f} to {:+.3f}".format(*pair) if pair else "" for pair in (by_t, drawn))
-        table.append([f"({first}) - ({second})", ", ".join(map(str, seeds)), f"{gap:+.3f}", *intervals])
+    variants = [(line, "DIA") for line in lines_of(rows, data, budget) if line.startswith("DIA, ")]
+    for first, second in PAIRS + variants:
+        gaps, by_t = gaps_of(rows, data, budget, first, second)
+        if gaps:
+            sides = [[scores[data, budget, line, str(s)] for s in gaps] for line in (first, second)]
+            gap, *drawn = paired_bootstrap(scores[data, "", "", ""], *sides)
+            table.append([f"({first}) - ({second})", ", ".join(map(str, gaps)), f"{gap:+.3f}", between(by_t),
+                          between(drawn)])
     header = ["difference", "seeds", "mean", "95%, t over seeds", "95%, bootstrap of seeds and images"]
     return markdown(header, table) if table else ""
 
 
-def floors(rows, data):
-    """{floor: its AUROCs} of one set; an untrained encoder has one for each seed."""
+def floors(rows, data, budget):
+    """{floor: its AUROCs} of one set and budget. An untrained encoder has one for each seed."""
     found = {}
     for row in rows:
-        if row["data"] == data and row["line"].startswith("floor: "):
-            found.setdefault(row["line"].removeprefix("floor: "), []).append(float(row["auroc"]))
+        if (row["data"], row["budget"]) == (data, budget) and row["line"].startswith("floor: "):
+            found.setdefault(row["line"].removeprefix("floor: "), set()).add(float(row["auroc"]))
     return found
 
 
@@ -164,8 +192,8 @@ def tables():
         for budget in dict.fromkeys(r["budget"] for r in rows if r["data"] == data and r["budget"]):
             blocks += [f"**{name}, {budget}**", results(rows, data, budget),
                        differences(rows, scores, data, budget), memorised(rows, data, budget)]
-        each = (f"{floor} {spread(values)}" for floor, values in floors(rows, data).items())
-        blocks.append(f"Floors of {name}: {'; '.join(each)}.")
+            each = (f"{floor} {spread(values)}" for floor, values in floors(rows, data, budget).items())
+            blocks.append(f"Floors: {'; '.join(each)}.")
     return "\n\n".join(filter(None, blocks))
 
 
@@ -174,13 +202,17 @@ def front():
     rows = read(TABLE)
     table = []
     for line, name in FRONT_LINES.items():
-        cells = [spread(figures(runs_of(rows, *column, line), "auroc"))
-                 or NOTHING.get((column[0], line), "not run") for column in FRONT]
+        cells = [spread(figures(runs_of(rows, *column, line), "auroc")) or "not run" for column in FRONT]
         published = f"{PAPER['pneumoniamnist', line]:.3f}" if line in ("DIA", "CSI") else ""
         table.append([name, *cells, published])
-    best = [max(((statistics.fmean(v), name) for name, v in floors(rows, data).items()), default=None)
-            for data, _ in FRONT]
+    best = [max(((statistics.fmean(v), name) for name, v in floors(rows, *column).items()), default=None)
+            for column in FRONT]
     table.append(["the highest floor", *(f"{b[0]:.3f}, {b[1]}" if b else "not run" for b in best), ""])
+    for second in ("CSI", "copy"):
+        both = [gaps_of(rows, *column, "DIA", second) for column in FRONT]
+        table.append([f"DIA - {second}, 95% interval", *(
+            f"{statistics.fmean(gaps.values()):+.3f} ({between(interval)})" if interval else "not run"
+            for gaps, interval in both), ""])
     return markdown(["third view", *(f"{SETS[data]}, {budget}" for data, budget in FRONT),
                      "PneumoniaMNIST in the paper: full budget, best test epoch"], table)
 

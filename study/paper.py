@@ -7,8 +7,9 @@
     python -m study.paper                                                       # the tables alone
 
 A run that is in results.csv is not made again; stopped and started again, the command goes on where it was.
+One command at a time. Stage 1's weights on the way stay in --out, in step-N, for whoever asks what they do.
 The AUROC is that of the last step: nothing is chosen on test images. Beside it stands, under its own name,
-the best of 20 checkpoints by test AUROC, since the paper's figures are of that kind.
+the best of several checkpoints by test AUROC, since the paper's figures are of that kind.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,7 +38,7 @@ import train_diffusion
 from dia_lib import csi_fit, csi_score, embed, load_checkpoint, load_data, load_encoder, to_float
 from extras.choose import choose
 from extras.tables import insert, processor
-from study.page import KEY, NOTHING, SCORES, TABLE, read, write
+from study.page import KEY, SCORES, TABLE, read, write
 
 T_RANGES = ["30 130", "130 230", "230 330", "330 430", "430 530"]
 LINES = {                       # a line of a table: its flags in stage 1, None where it needs none, and in 2
@@ -72,6 +74,7 @@ TABLES = {
 
 def call(module, *words):
     """Run a script's main() with these words as its command line."""
+    torch.compiler.reset()                                  # what it has learnt of another line's shapes
     with patch.object(sys, "argv", [module.__name__, *map(str, words)]):
         module.main()
 
@@ -89,6 +92,7 @@ def budget_of(args):
     return [*flags, *size], name + (f" of {args.batch_size} images" if size else "")
 
 
+@cache
 def code_version():
     """The commit this code is at, with a + if *.py files differ from it; "" where that can't be told."""
     def git(*words):
@@ -162,12 +166,17 @@ def with_sigma(sigma):
 
 
 def as_strong(target, x, small):
-    """The sigma, in pixels, by which a gaussian third view changes images by target grey levels."""
+    """The sigma, in pixels, by which a gaussian third view changes images by target grey levels; or exits."""
     low, high = 0.05, 20.0
     for _ in range(30):
         middle = (low + high) / 2
         with with_sigma(middle):
-            low, high = (middle, high) if change(x, small, "gaussian") < target else (low, middle)
+            reached = change(x, small, "gaussian")
+        low, high = (middle, high) if reached < target else (low, middle)
+    if abs(reached - target) > 0.02 * target:
+        raise SystemExit(f"no blur changes images by {target:.2f} grey levels as DIA does: nearest is "
+                         f"{reached:.2f}, by a sigma of {middle:.2f} px")
+    print(f"a sigma of {middle:.2f} px changes held-out images by {reached:.2f} grey levels, as DIA does")
     return middle
 
 
@@ -180,32 +189,34 @@ def steps_of(args):
               "full": (25_000, 1000 * epoch)}.get(args.steps, (args.steps, args.steps)), epoch)
 
 
-def make(args, line, seed, flags=None, around=None):
+def make(args, line, seed, flags, around):
     """Train and score a line with one seed, where results.csv has it not yet; its rows and scores go there.
 
-    flags: the line's, as in LINES (default: those).  around: a context for its stage 2 (default: none).
+    flags: the line's, as in LINES.  around: a context in which its stage 2 trains.
     """
     budget_flags, budget = budget_of(args)
-    key = dict(zip(KEY, (dia_lib.data_name(args.data), budget, line, str(seed)), strict=True))
-    title = f"{line}; {key['data']}, {budget}, seed {seed}"
+    code_version()                                                      # asked now: it may change meanwhile
+    name = dia_lib.data_name(args.data) + (f" normal {args.normal_class}" if args.normal_class else "")
+    key = dict(zip(KEY, (name, budget, line, str(seed)), strict=True))
+    title = f"{line}; {name}, {budget}, seed {seed}"
     rows = {tuple(row[k] for k in KEY): row for row in read(TABLE)}
     if tuple(key.values()) in rows:
         print(f"{title}: in results.csv already")
         return
     print(f"\n{title}", flush=True)
-    first, second = flags or LINES[line]
+    first, second = flags
     words = ["--data", args.data, "--device", args.device]
     words += ["--normal-class", args.normal_class] if args.normal_class else []
     trained, (steps1, steps2, _) = [*words, "--seed", seed, "--resume", *budget_flags], steps_of(args)
-    device, folder = dia_lib.pick_device(args.device), Path(args.out) / plain(f"{key['data']} {budget}")
+    device, folder = dia_lib.pick_device(args.device), Path(args.out) / plain(f"{name} {budget}")
     folder, second = folder / f"s{seed}", second.split()
     out, stage1, seconds, reports = folder / plain(line), None, 0.0, []
 
-    def other(name):                                                        # the row of another line
-        row = rows.get(tuple((key | {"line": name}).values()))
-        if not row or not row["seconds_2"]:
-            raise SystemExit(f"{title}: needs that of {name} first: add it to --lines, before this one")
-        return row
+    def other(line, column):                                                # what another line's row says
+        row = rows.get(tuple((key | {"line": line}).values()), {})
+        if not row.get(column):
+            raise SystemExit(f"results.csv has no {column} of {line}, which this line needs: make that first")
+        return row[column]
 
     if first is not None:
         at = folder / plain(f"stage1 {first}")
@@ -215,14 +226,17 @@ def make(args, line, seed, flags=None, around=None):
         reports = [f"{r['step']} {r['change_train']:.2f} {r['change_held']:.2f}"
                    for r in logged(at, "diffusion", "change_held")]
     if line == "CSI, as long as DIA":
-        seconds_of = [sum(float(other(name)[f"seconds_{i}"] or 0) for i in (1, 2)) for name in ("DIA", "CSI")]
-        steps2 = round(steps2 * seconds_of[0] / seconds_of[1])
+        if other("DIA", "processor") != other("CSI", "processor"):
+            raise SystemExit("DIA and CSI were trained on different processors: their seconds do not compare")
+        longer = sum(float(other("DIA", f"seconds_{i}")) for i in (1, 2)) / float(other("CSI", "seconds_2"))
+        steps2 = round(steps2 * longer)
         second += ["--steps", steps2]
     if line == "gaussian, as strong as DIA":
         images = held_out(args, "gaussian", 32, device)
-        around = with_sigma(as_strong(float(other("DIA")["change"]), *images))
-    with around or nullcontext():
-        call(train_dia, *trained, *second, "--out", out, "--save-every", math.ceil(steps2 / 20))
+        around = with_sigma(as_strong(float(other("DIA", "change")), *images))
+    second += ["--save-every", math.ceil(steps2 / args.kept)]
+    with around:
+        call(train_dia, *trained, *second, "--out", out)
         changed = change_of(args, out, stage1, device)
     call(evaluate, *words, "--out", out)
     add(key, out, device, {"change": changed, "stage1": "; ".join(reports), "seconds_1": seconds})
@@ -230,18 +244,19 @@ def make(args, line, seed, flags=None, around=None):
 
 def add(key, out, device, known):
     """Put a run that is scored, its floors and its scores into the tables. key, known: columns of its row."""
-    data = evaluate.data_of(load_checkpoint(out / "dia.pt", "dia", "cpu")["settings"], out)
+    state = load_checkpoint(out / "dia.pt", "dia", "cpu")
+    data = evaluate.data_of(state["settings"], out)
     kept = sorted(out.glob("step-*"), key=lambda path: int(path.name[5:])) or [out]
     each = [one_pass(path, data, device) for path in kept]
     metrics = json.loads((out / "metrics.json").read_text())
     chosen = choose(out, device)[1] if (~data.calibration).sum() > 1 else {}
     row = {**key, "auroc": metrics["auroc"], "test_best": max(each), "test_last": each[-1], "kept": len(each),
+           "steps": state["step"],
            "made_defects": chosen.get("val_auroc"), "val_anomalies": chosen.get("val_real"), **known,
            "seconds_2": logged(out, "dia", "seconds")[-1]["seconds"], "commit": code_version(),
            "processor": chip(device)}
-    floors = [dict.fromkeys(row, "") | {"data": key["data"], "line": f"floor: {floor}", "auroc": auroc,
-                                        "seed": key["seed"] if "untrained" in floor else ""}
-              for floor, auroc in metrics["floors_auroc"].items()]
+    floors = [dict.fromkeys(row, "") | key | {"line": f"floor: {floor}", "auroc": auroc}
+              for floor, auroc in metrics["floors_auroc"].items() if key["line"] in ("DIA", "CSI")]
     images = read(out / "scores.csv")
     insert(SCORES, [{**key, "values": " ".join(f"{float(i['score']):.6g}" for i in images)},
                     {**dict.fromkeys(KEY, ""), "data": key["data"],
@@ -267,6 +282,8 @@ def run_flags(description):
     parser.add_argument("--steps", default="full", type=steps, help="of both stages, full: the paper's, or "
                         "quick: those of --quick (default: full)")
     parser.add_argument("--batch-size", type=dia_lib.number(), help="images a step (default: the stages')")
+    parser.add_argument("--kept", type=dia_lib.number(), default=20,
+                        help="checkpoints of stage 2 that are tested (default: 20)")
     parser.add_argument("--out", default="runs/paper", help="where runs are kept (default: runs/paper)")
     return parser
 
@@ -277,18 +294,39 @@ def main():
     parser.add_argument("--lines", nargs="+", choices=LINES, metavar="LINE",
                         help="these lines alone (default: all of the table)")
     args = parser.parse_args()
-    if args.table and TABLES[args.table]:
+    if args.lines and not args.table:
+        parser.error("--lines: name a table before it")
+    lines = args.lines or TABLES.get(args.table, [])
+    if lines:
         data = load_data(args.data, splits=("train",), normal_class=args.normal_class)
-        low, high = data.defaults["t_range"]
+        size, (low, high) = data.train.shape[-1], data.defaults["t_range"]
+        too_large = {f"DIA, dissolved at {n} px" for n in (64, 128) if n > size}
+        if size <= 32:
+            too_large.add("resize")
         own = [f"t {low}-{high}", data.defaults["shift"], "dissolved at 32 px"]       # DIA, CSI have them
-        for seed in args.seeds:
-            for line in args.lines or TABLES[args.table]:
-                method, _, rest = line.partition(", ")
-                if why := NOTHING.get((data.name, line)):
-                    print(f"{line}: {why}")
-                else:
-                    make(args, method if rest in own else line, seed)
+        for line in too_large & set(lines):
+            print(f"{line}: nothing to measure on images of {size} px")
+        lines = [line for line in lines if line not in too_large]
+        lines = [line.split(", ")[0] if line.split(", ")[-1] in own else line for line in lines]
+    make_all(args, {line: LINES[line] for line in lines})
+
+
+def make_all(args, lines, around=lambda line: nullcontext()):
+    """`make` for all seeds and lines; what can't be made is told at the end, when the tables are written.
+
+    lines: {name: flags of both stages}.  around: the context in which a line's stage 2 trains.
+    """
+    failed = []
+    for seed in args.seeds:
+        for line, flags in lines.items():
+            try:
+                make(args, line, seed, flags, around(line))
+            except SystemExit as stop:
+                failed.append(f"{line}, seed {seed}: {stop}")
+                print(failed[-1], flush=True)
     write()
+    if failed:
+        raise SystemExit("not made: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -761,8 +761,6 @@ def test_helpers_of_tables():
     assert tables.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
     assert tables.spread([0.7, 0.8, None]) == "0.750 ± 0.071"
     assert tables.spread([0.7]) == "0.700" and tables.spread([None]) == ""
-    assert tables.mean_minutes([(40, "AMD EPYC 9B14"), (45, ""), (None, "AMD EPYC 9B14")]) == "42.5"
-    assert tables.mean_minutes([(42.6, "AMD EPYC"), (27, "Intel Xeon")]) == "42.6, 27.0 (Intel Xeon)"
     page = "x\n<!-- study: a -->\nold\n<!-- end -->\ny\n<!-- study: b -->\nkept\n<!-- end -->\n"
     assert tables.put(page, "a", "| new \\1 |") == page.replace("old\n", "\n| new \\1 |\n\n")
     with pytest.raises(SystemExit, match="study: c"):

@@ -1,7 +1,6 @@
 """The study: a table's runs, tables from the csv files, intervals, the page in step, the released quirks."""
 
 import csv
-import math
 import re
 import shutil
 
@@ -16,10 +15,11 @@ import dia_lib
 import evaluate
 import train_dia
 import train_diffusion
+from extras.tables import put
 from study import as_released, page, paper
 
-COLUMNS = ("data,budget,line,seed,auroc,test_best,test_last,kept,made_defects,val_anomalies,change,stage1,"
-           "seconds_1,seconds_2,commit,processor")
+COLUMNS = ("data,budget,line,seed,auroc,test_best,test_last,kept,steps,made_defects,val_anomalies,change,"
+           "stage1,seconds_1,seconds_2,commit,processor")
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +70,17 @@ def by_hand(rows, column="score"):
 def test_a_tables_runs_are_made_scored_and_put_on_the_pages(npz, study, tmp_path, capsys):
     """Every column against the run's own files; weights kept on the way are scored, then deleted."""
     lines = ["DIA", "CSI", "CSI, as long as DIA", "gaussian, as strong as DIA"]
+    (tmp_path / "README.md").write_text(put((tmp_path / "README.md").read_text(), "front", "nothing"))
     assert run(npz, tmp_path / "runs", *lines) is None
     rows = {r["line"]: r for r in page.read(study / "results.csv")}
     assert set(lines) < rows.keys() and sum(name.startswith("floor: ") for name in rows) == 3
-    folder = tmp_path / "runs" / "small-quick" / "s0"
+    folder = tmp_path / "runs" / "small-normal-0-quick" / "s0"
     for line in lines:
         out, row = folder / paper.plain(line), rows[line]
         images = page.read(out / "scores.csv")
         assert float(row["auroc"]) == pytest.approx(by_hand(images), abs=6e-5)
-        assert (row["data"], row["budget"], row["seed"]) == ("small", "`--quick`", "0")
-        assert not list(out.glob("step-*")) and float(row["test_best"]) >= float(row["test_last"])
+        assert (row["data"], row["budget"], row["seed"]) == ("small normal 0", "`--quick`", "0")
+        assert not list(out.glob("step-*"))
         last = paper.one_pass(out, evaluate.data_of(dia_lib.load_checkpoint(
             out / "dia.pt", "dia", "cpu")["settings"], out), torch.device("cpu"))
         assert float(row["test_last"]) == pytest.approx(last, abs=6e-5)
@@ -94,6 +95,7 @@ def test_a_tables_runs_are_made_scored_and_put_on_the_pages(npz, study, tmp_path
     assert not rows["CSI"]["change"] and float(rows["DIA"]["change"]) > 1
     assert float(rows[lines[3]]["change"]) == pytest.approx(float(rows["DIA"]["change"]), rel=0.02)
     steps = dia_lib.load_checkpoint(folder / paper.plain(lines[2]) / "dia.pt", "dia", "cpu")["step"]
+    assert rows[lines[2]]["steps"] == str(steps) and rows["CSI"]["steps"] == "4"
     dia, csi = ([float(rows[line][f"seconds_{i}"]) for i in (1, 2)] for line in ("DIA", "CSI"))
     assert steps == pytest.approx(4 * sum(dia) / csi[1], abs=0.51)
     text = (study / "README.md").read_text()
@@ -107,51 +109,84 @@ def test_a_tables_runs_are_made_scored_and_put_on_the_pages(npz, study, tmp_path
     assert capsys.readouterr().out.count("in results.csv already") == 4 and before == 5
 
 
+def test_the_best_by_test_is_that_of_the_weights_kept_on_the_way(npz, study, tmp_path, monkeypatch):
+    found = {"step-2": 0.9, "step-4": 0.3}
+    monkeypatch.setattr(paper, "one_pass", lambda folder, data, device: found[folder.name])
+    assert call(paper, "table1", "--data", npz, "--normal-class", 0, "--steps", "quick", "--seeds", 0,
+                "--lines", "CSI", "--kept", 2, "--out", tmp_path) is None
+    row, = [r for r in page.read(study / "results.csv") if r["line"] == "CSI"]
+    assert (row["test_best"], row["test_last"], row["kept"]) == ("0.9000", "0.3000", "2")
+
+
 def test_a_stopped_run_goes_on_and_gives_the_same_row(npz, study, tmp_path, monkeypatch):
-    assert run(npz, tmp_path / "whole", "CSI") is None
-    whole, = [r for r in page.read(study / "results.csv") if r["line"] == "CSI"]
+    """Stopped within stage 1, within stage 2, after training, when all but a guide is scored."""
+    assert run(npz, tmp_path / "whole", "DIA") is None
+    whole, = [r for r in page.read(study / "results.csv") if r["line"] == "DIA"]
     (study / "results.csv").unlink()
 
     def stop(*_):
         raise SystemExit("stopped")
 
-    for module, name in ((evaluate, "main"), (paper, "choose")):        # after training; when all is scored
+    def stop_at(step, draw):
+        return lambda *args: stop() if args[-1] == step else draw(*args)
+
+    indices = dia_lib.batch_indices
+    for module, name, value in ((train_diffusion, "batch_indices", stop_at(2, indices)),
+                                (train_dia, "batch_indices", stop_at(3, indices)), (evaluate, "main", stop),
+                                (paper, "choose", stop)):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, stop)
-            assert run(npz, tmp_path / "parts", "CSI") == "stopped" and not (study / "results.csv").exists()
-    assert run(npz, tmp_path / "parts", "CSI") is None
-    parts, = [r for r in page.read(study / "results.csv") if r["line"] == "CSI"]
-    del whole["seconds_2"], parts["seconds_2"]
+            patch.setattr(module, name, value)
+            assert "DIA, seed 0: stopped" in run(npz, tmp_path / "parts", "DIA")
+            assert not (study / "results.csv").exists()
+    assert run(npz, tmp_path / "parts", "DIA") is None
+    parts, = [r for r in page.read(study / "results.csv") if r["line"] == "DIA"]
+    for row in (whole, parts):
+        del row["seconds_1"], row["seconds_2"]
     assert parts == whole
 
 
-def test_lines_that_need_another_say_so(npz, study, tmp_path):
-    for line in ("CSI, as long as DIA", "gaussian, as strong as DIA"):
-        said = run(npz, tmp_path / "runs", line)
-        assert "needs that of DIA first" in said and not (study / "results.csv").exists()
+def test_what_cant_be_made_is_told_and_the_rest_is_made(npz, study, tmp_path, monkeypatch):
+    """Lines that need DIA's row, without one; the line after them has its row, and the pages are written."""
+    lines = ["CSI, as long as DIA", "gaussian, as strong as DIA", "CSI"]
+    said = run(npz, tmp_path / "runs", *lines)
+    assert said.startswith("not made: CSI, as long as DIA, seed 0: results.csv has no processor of DIA")
+    assert "gaussian, as strong as DIA, seed 0: results.csv has no change of DIA" in said
+    assert {r["line"] for r in page.read(study / "results.csv") if "floor" not in r["line"]} == {"CSI"}
+    assert "small normal 0" in (study / "README.md").read_text()
+    assert "--lines: name a table" in call(paper, "--lines", "CSI")
 
 
 def test_lines_that_are_a_sets_own_settings_are_dia(npz, study, tmp_path, monkeypatch):
     """t from 30, quarter-turns and 32 px are DIA's defaults for this set: those runs are not made twice."""
     made = []
-    monkeypatch.setattr(paper, "make", lambda args, line, seed: made.append(line))
+    monkeypatch.setattr(paper, "make", lambda args, line, *more: made.append(line))
     for table in ("table2", "table4", "table5"):
         assert run(npz, tmp_path, table=table) is None
     assert made == ["DIA", "DIA, t 130-230", "DIA, t 230-330", "DIA, t 330-430", "DIA, t 430-530",
-                    "DIA", "CSI", "DIA, perm", "CSI, perm",
-                    "DIA", "DIA, dissolved at 64 px", "DIA, dissolved at 128 px"]
+                    "DIA", "CSI", "DIA, perm", "CSI, perm", "DIA"]          # 12 px are not dissolved at 64
+    assert run(npz, tmp_path, "resize", "copy") is None and made[-1] == "copy" and len(made) == 11
 
 
-def test_every_line_is_a_command_line_that_the_scripts_take():
+def test_every_line_and_every_command_of_the_page_is_taken(npz, monkeypatch):
     for first, second in paper.LINES.values():
         if first is not None:
             train_diffusion.arguments(["--out", "nowhere", *first.split()])
         train_dia.arguments(["--out", "nowhere", *second.split()])
+    commands = re.findall(r"^python -m (study\.\w+)([^#\n]*)", (page.HERE / "README.md").read_text(), re.M)
+    assert len(commands) >= 3
+    for name, words in commands:
+        with monkeypatch.context() as patch:
+            patch.setattr(paper, "make", lambda *_: None)
+            patch.setattr(paper, "write", lambda: None)
+            patch.setattr(paper, "load_data", lambda *_, **__: dia_lib.load_data(str(npz), normal_class="0"))
+            assert call(paper if name == "study.paper" else as_released, *words.split()) is None
     assert set().union(*paper.TABLES.values()) == set(paper.LINES)
 
 
 def test_contrast_by_two_thirds_is_a_step_of_gamma_three_halves():
     """LARS steps by the direction of a gradient alone, but for weight decay: 2/3 c + s is 2/3 (c + 3/2 s)."""
+    args, _ = train_dia.arguments(paper.LINES["CSI, contrast x 2/3"][1].split() + ["--out", "nowhere"])
+    assert args.gamma * 2 / 3 == 1 and args.dissolve == "none"
     steps = []
     for scale in (1, 2 / 3):
         torch.manual_seed(0)
@@ -172,6 +207,8 @@ def test_sigma_is_found_by_the_change_it_makes():
     usual = paper.change(x, x, "gaussian")
     assert usual == pytest.approx((dia_lib.dissolve_view(x, 28, "gaussian") - x).abs().mean().item() * 255)
     assert usual != pytest.approx(target, rel=0.01)             # with_sigma is over
+    with pytest.raises(SystemExit, match="no blur changes images by 200"):
+        paper.as_strong(200, x, x)
 
 
 # ---- Tables --------------------------------------------------------------------------------------------
@@ -209,7 +246,7 @@ def test_bootstrap_interval_covers_at_about_its_rate_and_pairing_narrows_it():
 def row(line, seed, auroc, data="pneumoniamnist", budget="9 steps", **more):
     return dict.fromkeys(COLUMNS.split(","), "") | {
         "data": data, "budget": budget, "line": line, "seed": str(seed), "auroc": str(auroc),
-        "seconds_2": "120", "processor": "AMD EPYC"} | more
+        "seconds_2": "120", "processor": "AMD EPYC, 1 thread"} | more
 
 
 def cells(table):
@@ -217,16 +254,16 @@ def cells(table):
 
 
 def test_results_say_what_the_rows_say():
-    rows = [row("DIA", 0, 0.8, seconds_1="60", change="11.5", test_best="0.85"),
-            row("DIA", 1, 0.9, seconds_1="120", change="12.5", test_best="0.95"),
+    rows = [row("DIA", 0, 0.8, seconds_1="60", change="11.5", test_best="0.85", kept="20"),
+            row("DIA", 1, 0.9, seconds_1="120", change="12.5", test_best="0.95", kept="20"),
             row("CSI", 0, 0.7, processor="NVIDIA H200"), row("CSI", 0, 0.1, data="elpv"),
             row("CSI", 0, 0.2, budget="8 steps")]
     header, _, dia, csi = cells(page.results(rows, "pneumoniamnist", "9 steps"))
-    assert header == ["", "seeds", "AUROC at the last step", "paper", "best of 20 by test", "change",
+    assert header == ["", "seeds", "AUROC at the last step", "paper", "best by test", "of", "change",
                       "minutes"]
-    assert dia == ["DIA", "0, 1", "**0.850 ± 0.071** (0.800, 0.900)", "0.903", "0.900 ± 0.071",
-                   "12.000 ± 0.707", "3.5"]
-    assert csi == ["CSI", "0", "**0.700** (0.700)", "0.834", "", "", "2.0 (NVIDIA H200)"]
+    assert dia == ["DIA", "0, 1", "**0.850 ± 0.071** (0.800, 0.900)", "0.903", "0.900 ± 0.071", "20",
+                   "12.000 ± 0.707", "3.5 (AMD EPYC, 1 thread)"]
+    assert csi == ["CSI", "0", "**0.700** (0.700)", "0.834", "", "", "", "2.0 (NVIDIA H200)"]
 
 
 def test_differences_are_paired_by_seed_and_have_both_intervals():
@@ -243,6 +280,11 @@ def test_differences_are_paired_by_seed_and_have_both_intervals():
     assert re.fullmatch(r"[+-]0\.\d{3} to [+-]0\.\d{3}", copy[4])
     assert csi[:2] == ["(DIA) - (CSI)", "2"] and csi[3] == ""              # one seed has no t interval
     assert page.differences(rows[:1], scores, "pneumoniamnist", "9 steps") == ""
+    variant = "DIA, as released: t"
+    scores["pneumoniamnist", "9 steps", variant, "0"] = scores["pneumoniamnist", "9 steps", "DIA", "0"]
+    rows.append(row(variant, 0, rows[0]["auroc"]))
+    last = cells(page.differences(rows, scores, "pneumoniamnist", "9 steps"))[-1]
+    assert last[:3] == ["(DIA, as released: t) - (DIA)", "0", "+0.000"]     # every variant against DIA
 
 
 def test_changes_by_stage_1_are_means_over_seeds():
@@ -254,15 +296,19 @@ def test_changes_by_stage_1_are_means_over_seeds():
 
 
 def test_front_page_has_its_columns_and_the_highest_floor(study):
-    rows = [row("DIA", 0, 0.5, budget="`--quick`"), row("DIA", 1, 0.7, budget="`--quick`"),
-            row("floor: pixels", "", 0.75, budget=""), row("floor: untrained", 0, 0.8, budget=""),
-            row("floor: untrained", 1, 0.6, budget="")]
+    quick = {"budget": "`--quick`"}
+    rows = [row("DIA", 0, 0.5, **quick), row("DIA", 1, 0.7, **quick), row("CSI", 0, 0.4, **quick),
+            row("CSI", 1, 0.5, **quick), row("floor: pixels", 0, 0.75, **quick),
+            row("floor: pixels", 1, 0.75, **quick), row("floor: pixels", 0, 0.99),
+            row("floor: untrained", 0, 0.8, **quick), row("floor: untrained", 1, 0.6, **quick)]
     with open(study / "results.csv", "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS.split(","), *(r.values() for r in rows)])
     table = cells(page.front())
     column = page.FRONT.index(("pneumoniamnist", "`--quick`")) + 1
+    low, high = stats.t.interval(0.95, 1, 0.15, stats.sem([0.1, 0.2]))
     assert [line[column] for line in table[2:]] == [
-        "0.600 ± 0.141", "not run", "nothing to resize at 28 px", "not run", "0.750, pixels"]
+        "0.600 ± 0.141", "0.450 ± 0.071", "not run", "0.750, pixels", f"+0.150 ({low:+.3f} to {high:+.3f})",
+        "not run"]
     assert table[2][-1] == "0.903" and table[3][-1] == "0.834" and table[2][1] == "not run"
 
 
@@ -310,8 +356,7 @@ def test_quirks_are_what_they_say():
     views = as_released.by_shift(dia_lib.dissolve_view)(x, 28, "diffusion", unet, t, abar, 32)
     assert views.shape == (4, 8, 1, 28, 28) and len(seen) == 4
     for (_, times), first in zip(seen, t[[0, 2, 4, 7]], strict=True):
-        assert times.unique().numel() == 1 and times[0] == 30 + math.floor((first - 30) * 0.7)
-    assert all(30 <= times[0] <= 99 for _, times in seen)
+        assert times.shape == (8,) and torch.all(times == first)
 
     u = torch.rand(11, 3 * 4 * 8, generator=torch.Generator().manual_seed(1))
     same = as_released.make_views([x, x.flip(3), x.expand(4, -1, -1, -1, -1)], "rotate", u)
@@ -339,11 +384,12 @@ def test_all_quirks_train_and_leave_their_rows(npz, study, tmp_path):
     words = ["--data", npz, "--normal-class", 0, "--steps", "quick", "--seeds", 0, "--out", tmp_path / "runs"]
     assert run(npz, tmp_path / "runs", "DIA") is None
     assert call(as_released, *words, "--quirks", "all", "raw", "twins") is None
-    rows = {r["line"]: r for r in page.read(study / "results.csv") if r["budget"]}
+    rows = {r["line"]: r for r in page.read(study / "results.csv") if "floor" not in r["line"]}
     assert list(rows) == ["DIA", *(f"DIA, as released: {name}" for name in ("all", "raw", "twins"))]
-    folder = tmp_path / "runs" / "small-quick" / "s0"
+    folder = tmp_path / "runs" / "small-normal-0-quick" / "s0"
     states = [dia_lib.load_checkpoint(folder / paper.plain(line) / "dia.pt", "dia", "cpu") for line in rows]
     weights = [torch.cat([v.flatten().float() for v in s["encoder"].values()]) for s in states]
     assert all(not torch.equal(weights[0], other) for other in weights[1:])
     assert [s["settings"]["twins"] for s in states] == ["negative", "excluded", "negative", "excluded"]
+    assert [list(s["settings"]["t_range"]) for s in states] == [[30, 130], [30, 100], [30, 130], [30, 130]]
     assert len(list(folder.glob("stage1*"))) == 1                           # one stage 1 for all
