@@ -40,7 +40,6 @@ from extras.choose import choose
 from extras.tables import insert, processor
 from study.page import KEY, SCORES, TABLE, read, write
 
-T_RANGES = ["30 130", "130 230", "230 330", "330 430", "430 530"]
 LINES = {                       # a line of a table: its flags in stage 1, None where it needs none, and in 2
     "DIA": ("", "--dissolve diffusion"),
     "CSI": (None, "--dissolve none"),
@@ -53,15 +52,23 @@ LINES = {                       # a line of a table: its flags in stage 1, None 
     "CSI, contrast x 2/3": (None, "--dissolve none --gamma 1.5"),
     "CSI, as long as DIA": (None, "--dissolve none"),                       # in seconds, stage 1 included
     "gaussian, as strong as DIA": (None, "--dissolve gaussian"),            # changes images as much
-    **{f"DIA, t {t.replace(' ', '-')}": ("", f"--t-range {t}") for t in T_RANGES},
+    "DIA, t 30-130": ("", "--t-range 30 130"),
+    "DIA, t 130-230": ("", "--t-range 130 230"),
+    "DIA, t 230-330": ("", "--t-range 230 330"),
+    "DIA, t 330-430": ("", "--t-range 330 430"),
+    "DIA, t 430-530": ("", "--t-range 430 530"),
     "DIA, a tenth of stage 1's images": ("--fraction 0.1", ""),
-    **{f"{line}, {shift}": (first, f"{second} --shift {shift}") for shift in ("rotate", "perm")
-       for line, first, second in (("DIA", "", ""), ("CSI", None, "--dissolve none"))},
-    **{f"DIA, dissolved at {size} px": (f"--dissolve-size {size}", "") for size in (32, 64, 128)},
+    "DIA, rotate": ("", "--shift rotate"),
+    "CSI, rotate": (None, "--dissolve none --shift rotate"),
+    "DIA, perm": ("", "--shift perm"),
+    "CSI, perm": (None, "--dissolve none --shift perm"),
+    "DIA, dissolved at 32 px": ("--dissolve-size 32", ""),
+    "DIA, dissolved at 64 px": ("--dissolve-size 64", ""),
+    "DIA, dissolved at 128 px": ("--dissolve-size 128", ""),
 }
 TABLES = {
-    "table1": list(LINES)[:9],
-    "table2": [line for line in LINES if line.startswith("DIA, t ")],
+    "table1": [line for line in LINES if not line.startswith(("DIA, ", "CSI, rotate", "CSI, perm"))],
+    "table2": [line for line in LINES if ", t " in line],
     "table3": ["DIA, a tenth of stage 1's images", "DIA"],
     "table4": [line for line in LINES if line.endswith((", rotate", ", perm"))],
     "table5": [line for line in LINES if "dissolved at" in line],
