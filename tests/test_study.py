@@ -254,7 +254,8 @@ def cells(table):
 
 
 def test_results_say_what_the_rows_say():
-    rows = [row("DIA", 0, 0.8, seconds_1="60", change="11.5", test_best="0.85", kept="20"),
+    rows = [row("DIA", 0, 0.8, seconds_1="60", change="11.5", test_best="0.85", kept="20",
+                made_defects="0.7"),
             row("DIA", 1, 0.9, seconds_1="120", change="12.5", test_best="0.95", kept="20"),
             row("CSI", 0, 0.7, processor="NVIDIA H200"), row("CSI", 0, 0.1, data="elpv"),
             row("CSI", 0, 0.2, budget="8 steps")]
