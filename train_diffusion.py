@@ -64,17 +64,17 @@ def change(unet, x, abar):
     return torch.cat([sum(one(xb, t) for t in range(30, 130, 20)) / 5 for xb in x.split(64)])
 
 
-def memorised(unet, train, held, abar, log, step, learned):
-    """Log how much dissolving changes training and held-out images; say so where it memorises the former.
+def changes(unet, train, held, abar, learned):
+    """How much dissolving changes training and held-out images; says so where it memorises the former.
 
     learned: is its loss below that of predicting no noise at all?
     """
     on_train, on_held = change(unet, train, abar), change(unet, held, abar)
-    log(step, change_train=on_train.mean().item(), change_held=on_held.mean().item())
     noise = (on_train.var() / len(on_train) + on_held.var() / len(on_held)).sqrt()         # of the difference
     if learned and len(on_held) >= 8 and on_train.mean() < on_held.mean() - 2 * noise:
         tqdm.write("dissolving changes training images less than held-out ones: the model has begun to "
                    "memorise them, so stage 1 is too long; use fewer --steps")
+    return {"change_train": on_train.mean().item(), "change_held": on_held.mean().item()}
 
 
 def picture(path, unet, train, held, abar):
@@ -169,11 +169,11 @@ def main():
         if due:
             check_weights(unet, done, args.lr)
             on_held = held_out_losses(ema, held, abar) if len(held) else {}
+            if len(held) > 1:
+                seen = prepare(data.train[:min(n, max(len(held), 32))])
+                on_held |= changes(ema, seen, held, abar, on_held["held_t30-129"] < ZERO)
             log(done, loss=sum(losses) / len(losses), zero=ZERO, **on_held, seconds=log.seconds())
             losses = []
-            if len(held) > 1 and (args.save_every or done == args.steps):
-                memorised(ema, prepare(data.train[:min(n, max(len(held), 32))]), held, abar, log, done,
-                          on_held["held_t30-129"] < ZERO)
         if due and (done == args.steps or args.save_every or log.affords()):
             with log.saving():
                 picture(args.out / "dissolving.png", ema, prepare(data.train[:4]), held, abar)

@@ -7,7 +7,7 @@
     python -m study.paper                                                       # the tables alone
 
 A run that is in results.csv is not made again; stopped and started again, the command goes on where it was.
-One command at a time. Stage 1's weights on the way stay in --out, in step-N, for whoever asks what they do.
+One command at a time.
 The AUROC is that of the last step: nothing is chosen on test images. Beside it stands, under its own name,
 the best of several checkpoints by test AUROC, since the paper's figures are of that kind.
 """
@@ -188,12 +188,11 @@ def as_strong(target, x, small):
 
 
 def steps_of(args):
-    """Steps of stage 1, of stage 2, and of an epoch of stage 2 as the released code counts them."""
+    """Steps of stage 2, and of an epoch as the released code counts them."""
     size = args.batch_size or (train_dia.QUICK["batch_size"] if args.steps == "quick" else 32)
     M = len(load_data(args.data, 32, ("train",), normal_class=args.normal_class).train)
     epoch = min(M // size, 201)
-    return (*{"quick": (train_diffusion.QUICK["steps"], train_dia.QUICK["steps"]),
-              "full": (25_000, 1000 * epoch)}.get(args.steps, (args.steps, args.steps)), epoch)
+    return {"quick": train_dia.QUICK["steps"], "full": 1000 * epoch}.get(args.steps, args.steps), epoch
 
 
 def make(args, line, seed, flags, around):
@@ -214,7 +213,7 @@ def make(args, line, seed, flags, around):
     first, second = flags
     words = ["--data", args.data, "--device", args.device]
     words += ["--normal-class", args.normal_class] if args.normal_class else []
-    trained, (steps1, steps2, _) = [*words, "--seed", seed, "--resume", *budget_flags], steps_of(args)
+    trained, (steps, _) = [*words, "--seed", seed, "--resume", *budget_flags], steps_of(args)
     device, folder = dia_lib.pick_device(args.device), Path(args.out) / plain(f"{name} {budget}")
     folder, second = folder / f"s{seed}", second.split()
     out, stage1, seconds, reports = folder / plain(line), None, 0.0, []
@@ -227,7 +226,7 @@ def make(args, line, seed, flags, around):
 
     if first is not None:
         at = folder / plain(f"stage1 {first}")
-        call(train_diffusion, *trained, *first.split(), "--out", at, "--save-every", math.ceil(steps1 / 8))
+        call(train_diffusion, *trained, *first.split(), "--out", at)
         second, stage1 = [*second, "--diffusion", at / "diffusion.pt"], at / "diffusion.pt"
         seconds = logged(at, "diffusion", "seconds")[-1]["seconds"]
         reports = [f"{r['step']} {r['change_train']:.2f} {r['change_held']:.2f}"
@@ -236,12 +235,12 @@ def make(args, line, seed, flags, around):
         if other("DIA", "processor") != other("CSI", "processor"):
             raise SystemExit("DIA and CSI were trained on different processors: their seconds do not compare")
         longer = sum(float(other("DIA", f"seconds_{i}")) for i in (1, 2)) / float(other("CSI", "seconds_2"))
-        steps2 = round(steps2 * longer)
-        second += ["--steps", steps2]
+        steps = round(steps * longer)
+        second += ["--steps", steps]
     if line == "gaussian, as strong as DIA":
         images = held_out(args, "gaussian", 32, device)
         around = with_sigma(as_strong(float(other("DIA", "change")), *images))
-    second += ["--save-every", math.ceil(steps2 / args.kept)]
+    second += ["--save-every", math.ceil(steps / args.kept)]
     with around:
         call(train_dia, *trained, *second, "--out", out)
         changed = change_of(args, out, stage1, device)
@@ -275,7 +274,7 @@ def add(key, out, device, known):
             shutil.rmtree(path)
 
 
-def steps(text):
+def budget(text):
     """"full", "quick" or a number of steps."""
     return text if text in ("full", "quick") else dia_lib.number()(text)
 
@@ -286,7 +285,7 @@ def run_flags(description):
     dia_lib.shared_flags(parser, data="pneumoniamnist")
     parser.add_argument("--seeds", type=dia_lib.number(low=0), nargs="+", default=[0, 1, 2],
                         help="(default: 0 1 2)")
-    parser.add_argument("--steps", default="full", type=steps, help="of both stages, full: the paper's, or "
+    parser.add_argument("--steps", default="full", type=budget, help="of both stages, full: the paper's, or "
                         "quick: those of --quick (default: full)")
     parser.add_argument("--batch-size", type=dia_lib.number(), help="images a step (default: the stages')")
     parser.add_argument("--kept", type=dia_lib.number(), default=20,
