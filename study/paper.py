@@ -214,6 +214,7 @@ def make(args, line, seed, flags, around):
     words = ["--data", args.data, "--device", args.device]
     words += ["--normal-class", args.normal_class] if args.normal_class else []
     trained, (steps, _) = [*words, "--seed", seed, "--resume", *budget_flags], steps_of(args)
+    trained += ["--launch", args.launch] if args.launch else []
     device, folder = dia_lib.pick_device(args.device), Path(args.out) / plain(f"{name} {budget}")
     folder, second = folder / f"s{seed}", second.split()
     out, stage1, seconds, reports = folder / plain(line), None, 0.0, []
@@ -257,8 +258,8 @@ def add(key, out, device, known):
     metrics = json.loads((out / "metrics.json").read_text())
     chosen = choose(out, device)[1] if (~data.calibration).sum() > 1 else {}
     row = {**key, "auroc": metrics["auroc"], "test_best": max(each), "test_last": each[-1], "kept": len(each),
-           "steps": state["step"],
-           "made_defects": chosen.get("val_auroc"), "val_anomalies": chosen.get("val_real"), **known,
+           "steps": state["step"], "made_defects": chosen.get("val_auroc"),
+           "val_anomalies": chosen.get("val_real"), **known,
            "seconds_2": logged(out, "dia", "seconds")[-1]["seconds"], "commit": code_version(),
            "processor": chip(device)}
     floors = [dict.fromkeys(row, "") | key | {"line": f"floor: {floor}", "auroc": auroc}
@@ -290,6 +291,8 @@ def run_flags(description):
     parser.add_argument("--batch-size", type=dia_lib.number(), help="images a step (default: the stages')")
     parser.add_argument("--kept", type=dia_lib.number(), default=20,
                         help="checkpoints of stage 2 that are tested (default: 20)")
+    parser.add_argument("--launch", choices=["eager", "compile", "graph", "both"],
+                        help="as train_dia.py --help has it")
     parser.add_argument("--out", default="runs/paper", help="where runs are kept (default: runs/paper)")
     return parser
 
