@@ -80,6 +80,7 @@ def results(rows, data, budget):
             "": line + longer, "seeds": ", ".join(map(str, sorted(runs))),
             "AUROC at the last step": f"**{spread(aurocs)}** ({', '.join(f'{v:.3f}' for v in aurocs)})",
             "paper": f"{published:.3f}" if published else "",
+            "one pass: last": spread(figures(runs, "test_last")),
             "best by test": spread(figures(runs, "test_best")),
             "of": ", ".join(sorted({r["kept"] for r in runs.values()} - {""})),
             "made defects": spread(figures(runs, "made_defects")),
