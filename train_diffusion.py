@@ -106,6 +106,7 @@ def main():
         return to_pm1(pad_to(to_float(images, channels, device), H))
 
     held = prepare(data.held[~data.calibration])            # the calibration half is never looked at
+    seen = prepare(data.train[:min(n, max(len(held), 32))])                 # beside them, in reports
 
     # Model
     torch.manual_seed(args.seed)
@@ -170,7 +171,6 @@ def main():
             check_weights(unet, done, args.lr)
             on_held = held_out_losses(ema, held, abar) if len(held) else {}
             if len(held) > 1:
-                seen = prepare(data.train[:min(n, max(len(held), 32))])
                 on_held |= changes(ema, seen, held, abar, on_held["held_t30-129"] < ZERO)
             log(done, loss=sum(losses) / len(losses), zero=ZERO, **on_held, seconds=log.seconds())
             losses = []

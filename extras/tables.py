@@ -10,6 +10,7 @@ import torch
 
 from dia_lib import whole
 
+
 def processor(device):
     """Name of the chip that computes ("AMD EPYC 9B14", "NVIDIA L4"): what minutes are minutes of."""
     if device.type == "cuda":

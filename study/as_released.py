@@ -15,11 +15,10 @@ if __name__ == "__main__" and not __package__:
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 
 import dia_lib
 import train_dia
-from dia_lib import K, augment, batch_indices, dissolve, draw_step, pad_to, shift_views
+from dia_lib import K, augment, batch_indices, draw_step, shift_views
 from study.paper import make_all, run_flags, steps_of
 
 QUIRKS = {
@@ -34,12 +33,10 @@ QUIRKS = {
 FLAGS = {"t": "--t-range 30 100", "twins": "--twins excluded"}              # quirks that stage 2 knows
 
 
-def unscaled(small, H, mode, unet, t, abar, canvas=32):
+def unscaled(*args):
     """`dissolve_view` without a scale: images in [0, 1] (B, C, h, h) -> (B, C, H, H), within [-1, 1]."""
-    h = small.shape[-1]
-    edge = max(0, canvas - h) // 2
-    y = dissolve(unet, pad_to(small, canvas), t, abar)[..., edge:edge + h, edge:edge + h]
-    return y if h == H else F.interpolate(y, (H, H), mode="bilinear", align_corners=False, antialias=h > H)
+    with patch.multiple(dia_lib, to_pm1=lambda x: x, to_01=lambda x: x):
+        return dia_lib.dissolve_view(*args)
 
 
 def by_shift(view):
@@ -87,10 +84,11 @@ def main():
     parser.add_argument("--quirks", nargs="+", choices=QUIRKS, default=list(QUIRKS), help="; ".join(
         f"{name}: {text}" for name, text in QUIRKS.items()) + " (default: each of them)")
     args = parser.parse_args()
-    _, epoch = steps_of(args)
+    steps, epoch = steps_of(args)
     names = {f"DIA, as released: {name}": set(QUIRKS) if name == "all" else {name} for name in args.quirks}
     flags = {line: " ".join(FLAGS[name] for name in FLAGS if name in names[line]) for line in names}
-    make_all(args, {line: ("", flags[line]) for line in names}, lambda line: patched(names[line], epoch))
+    make_all(args, {line: ("", flags[line]) for line in names}, steps,
+             lambda line: patched(names[line], epoch))
 
 
 if __name__ == "__main__":

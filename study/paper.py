@@ -195,10 +195,10 @@ def steps_of(args):
     return {"quick": train_dia.QUICK["steps"], "full": 1000 * epoch}.get(args.steps, args.steps), epoch
 
 
-def make(args, line, seed, flags, around):
+def make(args, line, seed, flags, steps, around):
     """Train and score a line with one seed, where results.csv has it not yet; its rows and scores go there.
 
-    flags: the line's, as in LINES.  around: a context in which its stage 2 trains.
+    flags: the line's, as in LINES.  steps: of stage 2.  around: a context in which that trains.
     """
     budget_flags, budget = budget_of(args)
     code_version()                                                      # asked now: it may change meanwhile
@@ -213,7 +213,7 @@ def make(args, line, seed, flags, around):
     first, second = flags
     words = ["--data", args.data, "--device", args.device]
     words += ["--normal-class", args.normal_class] if args.normal_class else []
-    trained, (steps, _) = [*words, "--seed", seed, "--resume", *budget_flags], steps_of(args)
+    trained = [*words, "--seed", seed, "--resume", *budget_flags]
     trained += ["--launch", args.launch] if args.launch else []
     device, folder = dia_lib.pick_device(args.device), Path(args.out) / plain(f"{name} {budget}")
     folder, second = folder / f"s{seed}", second.split()
@@ -305,8 +305,9 @@ def main():
     args = parser.parse_args()
     if args.lines and not args.table:
         parser.error("--lines: name a table before it")
-    lines = args.lines or TABLES.get(args.table, [])
+    lines, steps = args.lines or TABLES.get(args.table, []), None
     if lines:
+        steps, _ = steps_of(args)
         data = load_data(args.data, splits=("train",), normal_class=args.normal_class)
         size, (low, high) = data.train.shape[-1], data.defaults["t_range"]
         too_large = {f"DIA, dissolved at {n} px" for n in (64, 128) if n > size}
@@ -317,19 +318,19 @@ def main():
             print(f"{line}: nothing to measure on images of {size} px")
         lines = [line for line in lines if line not in too_large]
         lines = [line.split(", ")[0] if line.split(", ")[-1] in own else line for line in lines]
-    make_all(args, {line: LINES[line] for line in lines})
+    make_all(args, {line: LINES[line] for line in lines}, steps)
 
 
-def make_all(args, lines, around=lambda line: nullcontext()):
+def make_all(args, lines, steps, around=lambda line: nullcontext()):
     """`make` for all seeds and lines; what can't be made is told at the end, when the tables are written.
 
-    lines: {name: flags of both stages}.  around: the context in which a line's stage 2 trains.
+    lines: {name: flags of both stages}.  steps: of stage 2.  around: the context in which a line's trains.
     """
     failed = []
     for seed in args.seeds:
         for line, flags in lines.items():
             try:
-                make(args, line, seed, flags, around(line))
+                make(args, line, seed, flags, steps, around(line))
             except SystemExit as stop:
                 failed.append(f"{line}, seed {seed}: {stop}")
                 print(failed[-1], flush=True)
