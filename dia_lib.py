@@ -539,8 +539,12 @@ def load_data(data="elpv", image_size=None, splits=("train", "test"), holdout=0.
     path, defaults = Path(data).expanduser(), {"shift": "rotate", "t_range": [30, 130], "image_size": 224}
     defaults["window"], left_out = None, ""
     if data == "elpv":
+        if normal_class:
+            raise SystemExit(f"--normal-class {normal_class}: elpv's normal class is known; leave it out.")
         items, defaults["shift"] = elpv_items(), "perm"
     elif path.suffix == ".npz" or (data in MEDMNIST_MD5 and not path.is_dir()):
+        if path.suffix == ".npz" and not path.is_file():
+            raise SystemExit(f"--data {path}: no such file.")
         label = normal_label(path, normal_class)                        # asked before anything is downloaded
         items = npz_items(path if path.suffix == ".npz" else medmnist(data), splits, label)
         native = min(next(iter(items.values()))[0].source.shape[:2])
@@ -723,8 +727,6 @@ def normal_label(path, normal_class):
 
 def npz_items(path, splits, normal):
     """MedMNIST's format: {train, test and, if there, val}_images uint8 (n, H, W[, 3]), and _labels."""
-    if not path.is_file():
-        raise SystemExit(f"--data {path}: no such file.")
     try:
         with zipfile.ZipFile(path) as file:                                 # a bomb is refused unread
             large = [m for m in file.infolist() if m.file_size > max(2 ** 30, 100 * m.compress_size)]
@@ -1253,6 +1255,8 @@ def parse_training(parser, kind, quick, argv=None):
         if getattr(args, name) != given[name]:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: {out} was started with "
                              f"{given[name]}. Leave the flag out, or choose another folder with --out.")
+    if state and state["step"] < state["settings"]["steps"]:
+        print(f"going on from step {state['step']} of {state['settings']['steps']}")
     apart = ("out", "resume", "device", "launch", "quick")
     args.given, args.out = {k: v for k, v in vars(args).items() if k not in apart}, out
     return args, state

@@ -24,9 +24,9 @@ from scipy.stats import bootstrap, mannwhitneyu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dia_lib import (
-    MEDMNIST_MD5, Encoder, K, Log, csi_fit, csi_parts, data_name, embed, found, load_checkpoint, load_data,
-    load_encoder, make_parser, new_folder, number, pick_device, run, save_checkpoint, save_grid, shared_flags,
-    to_float, whole,
+    MEDMNIST_MD5, Encoder, K, Log, csi_fit, csi_parts, csi_score, data_name, embed, found, load_checkpoint,
+    load_data, load_encoder, make_parser, new_folder, number, pick_device, run, save_checkpoint, save_grid,
+    shared_flags, to_float, whole,
 )
 
 
@@ -71,7 +71,7 @@ def evaluate(out, args, device):
     parts = {name: part.numpy() for name, part in csi_parts(stats, z, logits).items()}    # csi, con, cls, ...
     metrics = {"score": "csi", **measure(labels, parts["csi"], data.groups),
                "parts_auroc": {name: float(roc_auc_score(labels, part)) for name, part in parts.items()},
-               "floors_auroc": floors(data, s, device, args.batch_size),
+               "floors_auroc": floors(data, s, args.passes, device, args.batch_size),
                "passes": args.passes, "step": state["step"], "seconds": log.seconds(),
                "settings": {**s, "data": args.data or s["data"]}}
     if to != out:                                                           # another set than the run's own
@@ -205,10 +205,10 @@ def within_groups(labels, scores, groups):
             if len(set(labels[groups == g])) == 2}
 
 
-def floors(data, settings, device, batch):
+def floors(data, settings, passes, device, batch):
     """AUROCs that a trained model has to beat: mean brightness, pixels, and the same encoder untrained.
 
-    Without training images it is the first alone.
+    The last by as many test-time passes as the model. Without training images it is the first alone.
     """
     def flat(images):                       # at 32 px, divided by the mean (n, 32*32), and the mean (n,)
         side = min(32, images.shape[-1])                                    # smaller ones stay as they are
@@ -224,10 +224,11 @@ def floors(data, settings, device, batch):
     nearest = torch.cat([torch.cdist(chunk, train).amin(1) for chunk in test.split(256)])
     torch.manual_seed(settings["seed"])                     # the weights that training began with
     encoder = Encoder(settings["channels"], K, settings["stem"]).to(device, memory_format=torch.channels_last)
+    how = settings["shift"], passes, device, batch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # that its classifier knows nothing is the point
-        stats = csi_fit(*embed(encoder, data.train, settings["shift"], 1, device, batch))
-    untrained = csi_parts(stats, *embed(encoder, data.test, settings["shift"], 1, device, batch))["csi"]
+        stats = csi_fit(*embed(encoder, data.train, *how, "untrained, training images"))
+    untrained = csi_score(stats, *embed(encoder, data.test, *how, "untrained, test images"))
     scores = {"minus mean brightness": -brightness, "nearest neighbour on 32 px pixels": nearest,
               "encoder untrained": untrained}
     return {name: float(roc_auc_score(data.labels, score)) for name, score in scores.items()}

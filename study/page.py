@@ -15,6 +15,8 @@ from extras.tables import markdown, put, spread
 HERE = Path(__file__).parent
 TABLE, SCORES = HERE / "results.csv", HERE / "results-scores.csv"
 KEY = ["data", "budget", "line", "seed"]
+COLUMNS = [*KEY, "auroc", "test_best", "test_last", "kept", "steps", "made_defects", "val_anomalies",
+           "change", "stage1", "seconds_1", "seconds_2", "commit", "processor"]
 SETS = {"elpv": "ELPV", "pneumoniamnist": "PneumoniaMNIST", "sarscov2": "SARS-CoV-2",
         "chest_xray_224": "chest X-rays"}
 PAPER = {                       # arXiv:2302.14696, Tables 1 to 5: mean AUROC at the best test epochs
@@ -64,8 +66,8 @@ def minutes_of(runs):
     """"42.6 (AMD EPYC, 1 thread)": mean minutes of training, both stages, on each processor."""
     each = {}
     for row in runs.values():
-        seconds = float(row["seconds_1"] or 0) + float(row["seconds_2"])
-        each.setdefault(row["processor"], []).append(seconds / 60)
+        name = row["processor"] + ("" if row["seconds_1"] else "; stage 2 alone")
+        each.setdefault(name, []).append((float(row["seconds_1"] or 0) + float(row["seconds_2"])) / 60)
     return ", ".join(f"{statistics.fmean(minutes):.1f} ({name})" for name, minutes in sorted(each.items()))
 
 
@@ -80,7 +82,7 @@ def results(rows, data, budget):
             "": line + longer, "seeds": ", ".join(map(str, sorted(runs))),
             "AUROC at the last step": f"**{spread(aurocs)}** ({', '.join(f'{v:.3f}' for v in aurocs)})",
             "paper": f"{published:.3f}" if published else "",
-            "one pass: last": spread(figures(runs, "test_last")),
+            "two passes: last": spread(figures(runs, "test_last")),
             "best by test": spread(figures(runs, "test_best")),
             "of": ", ".join(sorted({r["kept"] for r in runs.values()} - {""})),
             "made defects": spread(figures(runs, "made_defects")),
@@ -141,7 +143,7 @@ def differences(rows, scores, data, budget):
             sides = [[scores[data, budget, line, str(s)] for s in gaps] for line in (first, second)]
             gap, *drawn = paired_bootstrap(scores[data, "", "", ""], *sides)
             table.append([f"({first}) - ({second})", ", ".join(map(str, gaps)), f"{gap:+.3f}", between(by_t),
-                          between(drawn)])
+                          between(by_t and drawn)])
     header = ["difference", "seeds", "mean", "95%, t over seeds", "95%, bootstrap of seeds and images"]
     return markdown(header, table) if table else ""
 
@@ -193,8 +195,8 @@ def tables():
         for budget in dict.fromkeys(r["budget"] for r in rows if r["data"] == data and r["budget"]):
             blocks += [f"**{name}, {budget}**", results(rows, data, budget),
                        differences(rows, scores, data, budget), memorised(rows, data, budget)]
-            each = (f"{floor} {spread(values)}" for floor, values in floors(rows, data, budget).items())
-            blocks.append(f"Floors: {'; '.join(each)}.")
+            each = [f"{floor} {spread(values)}" for floor, values in floors(rows, data, budget).items()]
+            blocks += [f"Floors: {'; '.join(each)}."] if each else []
     return "\n\n".join(filter(None, blocks))
 
 
@@ -212,8 +214,8 @@ def front():
     for second in ("CSI", "copy"):
         both = [gaps_of(rows, *column, "DIA", second) for column in FRONT]
         table.append([f"DIA - {second}, 95% interval", *(
-            f"{statistics.fmean(gaps.values()):+.3f} ({between(interval)})" if interval else "not run"
-            for gaps, interval in both), ""])
+            f"{statistics.fmean(gaps.values()):+.3f} ({between(interval) or 'one seed'})" if gaps else
+            "not run" for gaps, interval in both), ""])
     return markdown(["third view", *(f"{SETS[data]}, {budget}" for data, budget in FRONT),
                      "PneumoniaMNIST in the paper: full budget, best test epoch"], table)
 

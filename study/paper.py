@@ -15,6 +15,7 @@ the best of several checkpoints by test AUROC, since the paper's figures are of 
 if __name__ == "__main__" and not __package__:
     raise SystemExit("Run it as python -m study.paper, in the project's folder.")
 
+import argparse
 import json
 import math
 import re
@@ -30,6 +31,7 @@ from unittest.mock import patch
 import torch
 from sklearn.metrics import roc_auc_score
 from torchvision.transforms.functional import gaussian_blur
+from tqdm import tqdm
 
 import dia_lib
 import evaluate
@@ -38,7 +40,7 @@ import train_diffusion
 from dia_lib import csi_fit, csi_score, embed, load_checkpoint, load_data, load_encoder, to_float
 from extras.choose import choose
 from extras.tables import insert, processor
-from study.page import KEY, SCORES, TABLE, read, write
+from study.page import COLUMNS, KEY, SCORES, TABLE, read, write
 
 LINES = {                       # a line of a table: its flags in stage 1, None where it needs none, and in 2
     "DIA": ("", "--dissolve diffusion"),
@@ -126,14 +128,14 @@ def logged(out, stage, name):
     return [row for row in rows if row["stage"] == stage and name in row]
 
 
-def one_pass(folder, data, device):
-    """AUROC on the test images of the weights in a folder, by one test-time pass."""
+def two_passes(folder, data, device):
+    """AUROC on the test images of the weights in a folder, by two test-time passes: as `choose` takes."""
     state = load_checkpoint(folder / "dia.pt", "dia", device)
-    encoder, shift = load_encoder(state, device), state["settings"]["shift"]
+    encoder, how = load_encoder(state, device), (state["settings"]["shift"], 2, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # a classifier that knows nothing yet, at first
-        stats = csi_fit(*embed(encoder, data.train, shift, 1, device))
-    return float(roc_auc_score(data.labels, csi_score(stats, *embed(encoder, data.test, shift, 1, device))))
+        stats = csi_fit(*embed(encoder, data.train, *how))
+    return float(roc_auc_score(data.labels, csi_score(stats, *embed(encoder, data.test, *how))))
 
 
 def held_out(args, mode, pixels, device):
@@ -191,6 +193,7 @@ def steps_of(args):
     """Steps of stage 2, and of an epoch as the released code counts them."""
     size = args.batch_size or (train_dia.QUICK["batch_size"] if args.steps == "quick" else 32)
     M = len(load_data(args.data, 32, ("train",), normal_class=args.normal_class).train)
+    dia_lib.check_batch(size, M)
     epoch = min(M // size, 201)
     return {"quick": train_dia.QUICK["steps"], "full": 1000 * epoch}.get(args.steps, args.steps), epoch
 
@@ -222,7 +225,8 @@ def make(args, line, seed, flags, steps, around):
     def other(line, column):                                                # what another line's row says
         row = rows.get(tuple((key | {"line": line}).values()), {})
         if not row.get(column):
-            raise SystemExit(f"results.csv has no {column} of {line}, which this line needs: make that first")
+            raise SystemExit(f"results.csv has no {column} of {line}, which this line needs: "
+                             + ("delete that row, and make it anew" if row else "make that first"))
         return row[column]
 
     if first is not None:
@@ -247,6 +251,7 @@ def make(args, line, seed, flags, steps, around):
         changed = change_of(args, out, stage1, device)
     call(evaluate, *words, "--out", out)
     add(key, out, device, {"change": changed, "stage1": "; ".join(reports), "seconds_1": seconds})
+    print(f"{title}: in results.csv, with its scores in {SCORES.name}", flush=True)
 
 
 def add(key, out, device, known):
@@ -254,7 +259,7 @@ def add(key, out, device, known):
     state = load_checkpoint(out / "dia.pt", "dia", "cpu")
     data = evaluate.data_of(state["settings"], out)
     kept = sorted(out.glob("step-*"), key=lambda path: int(path.name[5:])) or [out]
-    each = [one_pass(path, data, device) for path in kept]
+    each = [two_passes(path, data, device) for path in tqdm(kept, "checkpoints", leave=False)]
     metrics = json.loads((out / "metrics.json").read_text())
     chosen = choose(out, device)[1] if (~data.calibration).sum() > 1 else {}
     row = {**key, "auroc": metrics["auroc"], "test_best": max(each), "test_last": each[-1], "kept": len(each),
@@ -262,14 +267,14 @@ def add(key, out, device, known):
            "val_anomalies": chosen.get("val_real"), **known,
            "seconds_2": logged(out, "dia", "seconds")[-1]["seconds"], "commit": code_version(),
            "processor": chip(device)}
-    floors = [dict.fromkeys(row, "") | key | {"line": f"floor: {floor}", "auroc": auroc}
+    floors = [dict.fromkeys(COLUMNS, "") | key | {"line": f"floor: {floor}", "auroc": auroc}
               for floor, auroc in metrics["floors_auroc"].items() if key["line"] in ("DIA", "CSI")]
     images = read(out / "scores.csv")
     insert(SCORES, [{**key, "values": " ".join(f"{float(i['score']):.6g}" for i in images)},
                     {**dict.fromkeys(KEY, ""), "data": key["data"],
                      "values": " ".join(i["label"] for i in images)}], KEY)
-    insert(TABLE, [{k: "" if v is None else f"{v:.4f}" if isinstance(v, float) else v for k, v in r.items()}
-                   for r in [*floors, row]], KEY)               # last: it says that all is there
+    insert(TABLE, [{k: "" if r[k] is None else f"{r[k]:.4f}" if isinstance(r[k], float) else r[k]
+                    for k in COLUMNS} for r in [*floors, row]], KEY)    # last: it says that all is there
     for path in kept:
         if path != out:
             shutil.rmtree(path)
@@ -277,7 +282,10 @@ def add(key, out, device, known):
 
 def budget(text):
     """"full", "quick" or a number of steps."""
-    return text if text in ("full", "quick") else dia_lib.number()(text)
+    try:
+        return text if text in ("full", "quick") else dia_lib.number()(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or full, or quick") from None
 
 
 def run_flags(description):
@@ -326,6 +334,10 @@ def make_all(args, lines, steps, around=lambda line: nullcontext()):
 
     lines: {name: flags of both stages}.  steps: of stage 2.  around: the context in which a line's trains.
     """
+    dia_lib.launches(args.launch, 1, dia_lib.pick_device(args.device))      # exits now if it can't be
+    if (table := read(TABLE)) and list(table[0]) != COLUMNS:
+        raise SystemExit(f"{TABLE} is of another version, with other columns. Move it and {SCORES.name} "
+                         "away, or take those of this version.")
     failed = []
     for seed in args.seeds:
         for line, flags in lines.items():

@@ -395,7 +395,8 @@ def test_wrong_npz(tmp_path):
     assert "--normal-class 0" in sentence(str(good))
     assert "no train image has the normal label 7" in sentence(str(good), normal_class="7")
     assert "integers" in sentence(str(good), normal_class="benign")
-    assert "no such file" in sentence(str(tmp_path / "absent.npz"), normal_class="0")
+    assert "no such file" in sentence(str(tmp_path / "absent.npz"))
+    assert "leave it out" in sentence("elpv", normal_class="0")
 
     def refused(**changes):
         return sentence(str(medmnist(tmp_path / "wrong.npz", **changes)), normal_class="0")

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,28 @@ def test_chain_writes_what_it_says(own_chain, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"auroc {metrics['auroc']:.4f}"
     again = [float(row["score"]) for row in csv.DictReader((own_chain / "scores.csv").open())]
     assert np.allclose(again, scores, atol=0.02) and made == (own_chain / "stats.pt").stat().st_mtime_ns
+
+
+def test_floors_are_by_hand_and_by_as_many_passes(own_chain):
+    """The untrained encoder's is the AUROC of a run of no steps; brightness is numpy's mean."""
+    metrics = json.loads((own_chain / "metrics.json").read_text())
+    state = read(own_chain / "dia.pt")
+    s, data = state["settings"], evaluate.data_of(state["settings"], own_chain)
+    torch.manual_seed(s["seed"])
+    encoder = dia_lib.Encoder(s["channels"], 4, s["stem"])
+
+    def untrained(passes):
+        stats, device = None, torch.device("cpu")
+        with warnings.catch_warnings(action="ignore"):
+            stats = dia_lib.csi_fit(*dia_lib.embed(encoder, data.train, s["shift"], passes, device))
+        test = dia_lib.embed(encoder, data.test, s["shift"], passes, device)
+        return roc_auc_score(data.labels, dia_lib.csi_score(stats, *test))
+
+    grey = data.test.float().mean((1, 2, 3)).numpy()
+    assert metrics["passes"] == 2 and untrained(1) != untrained(2)
+    assert metrics["floors_auroc"]["encoder untrained"] == pytest.approx(untrained(2), abs=0.005)
+    assert metrics["floors_auroc"]["minus mean brightness"] == pytest.approx(
+        roc_auc_score(data.labels, -grey), abs=0.005)
 
 
 def test_every_mode_trains_is_evaluated_and_is_another(chain, folder, tmp_path):
@@ -251,7 +274,7 @@ def test_save_every_keeps_weights_that_the_next_stage_takes(chain, folder, tmp_p
     (train_diffusion, "diffusion", STAGE1, 8), (train_dia, "dia", STAGE2, 8),
     (train_dia, "dia", [*STAGE2[1:], "--dissolve", "copy"], 4)])                # LARS
 def test_resumed_run_equals_an_uninterrupted_one(module, kind, flags, steps, chain, folder, tmp_path,
-                                                 monkeypatch):
+                                                 monkeypatch, capsys):
     """Stopped after its first checkpoint and again with --resume: the same weights, EMA and optimizer, bit
     for bit, across an epoch's end (8 steps), and the same log but for the seconds."""
     def save_then_stop(*args):
@@ -279,7 +302,9 @@ def test_resumed_run_equals_an_uninterrupted_one(module, kind, flags, steps, cha
         assert "not the stage 1" in call(module, *resume, "--diffusion", tmp_path / "other/diffusion.pt")
     monkeypatch.setattr(module, "save_checkpoint", save_and_keep)
     assert call(module, *resume) is None
+    assert f"going on from step {steps // 4} of {steps}\n" in capsys.readouterr().out
     assert call(module, *flags, "--out", whole) is None
+    assert "going on" not in capsys.readouterr().out
 
     assert [len(kept[o]) for o in (out, whole)] == [3, 4]
     for a, b in zip(kept[out], kept[whole][1:], strict=True):
@@ -305,7 +330,8 @@ def test_resuming_a_finished_run_is_no_mistake(module, chain, folder, capsys):
     """It may have been killed after its last checkpoint; a chain of commands goes on."""
     before = (chain / "log.jsonl").read_bytes()
     assert call(module, "--data", folder, "--out", chain, "--resume") is None
-    assert "has all its 4 steps already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "has all its 4 steps already" in said and "going on" not in said
     assert (chain / "log.jsonl").read_bytes() == before
 
 

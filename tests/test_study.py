@@ -15,11 +15,8 @@ import dia_lib
 import evaluate
 import train_dia
 import train_diffusion
-from extras.tables import put
+from extras.tables import insert, put
 from study import as_released, page, paper
-
-COLUMNS = ("data,budget,line,seed,auroc,test_best,test_last,kept,steps,made_defects,val_anomalies,change,"
-           "stage1,seconds_1,seconds_2,commit,processor")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +78,7 @@ def test_a_tables_runs_are_made_scored_and_put_on_the_pages(npz, study, tmp_path
         assert float(row["auroc"]) == pytest.approx(by_hand(images), abs=6e-5)
         assert (row["data"], row["budget"], row["seed"]) == ("small normal 0", "`--quick`", "0")
         assert not list(out.glob("step-*"))
-        last = paper.one_pass(out, evaluate.data_of(dia_lib.load_checkpoint(
+        last = paper.two_passes(out, evaluate.data_of(dia_lib.load_checkpoint(
             out / "dia.pt", "dia", "cpu")["settings"], out), torch.device("cpu"))
         assert float(row["test_last"]) == pytest.approx(last, abs=6e-5)
         assert float(row["seconds_2"]) == pytest.approx(paper.logged(out, "dia", "seconds")[-1]["seconds"])
@@ -107,11 +104,15 @@ def test_a_tables_runs_are_made_scored_and_put_on_the_pages(npz, study, tmp_path
     assert run(npz, tmp_path / "elsewhere", *lines) is None                 # nothing is made again
     assert (study / "results.csv").read_text() == tables and not (tmp_path / "elsewhere").exists()
     assert capsys.readouterr().out.count("in results.csv already") == 4 and before == 5
+    table = page.read(study / "results.csv")
+    with open(study / "results.csv", "w", newline="") as file:              # a row of an earlier version
+        csv.writer(file).writerows([page.COLUMNS, *((r | {"change": ""}).values() for r in table[:-1])])
+    assert "delete that row" in run(npz, tmp_path / "elsewhere", lines[3])
 
 
 def test_the_best_by_test_is_that_of_the_weights_kept_on_the_way(npz, study, tmp_path, monkeypatch):
     found = {"step-2": 0.9, "step-4": 0.3}
-    monkeypatch.setattr(paper, "one_pass", lambda folder, data, device: found[folder.name])
+    monkeypatch.setattr(paper, "two_passes", lambda folder, data, device: found[folder.name])
     assert call(paper, "table1", "--data", npz, "--normal-class", 0, "--steps", "quick", "--seeds", 0,
                 "--lines", "CSI", "--kept", 2, "--out", tmp_path) is None
     row, = [r for r in page.read(study / "results.csv") if r["line"] == "CSI"]
@@ -156,6 +157,17 @@ def test_what_cant_be_made_is_told_and_the_rest_is_made(npz, study, tmp_path, mo
     assert "--lines: name a table" in call(paper, "--lines", "CSI")
 
 
+def test_what_no_run_can_have_stops_all_at_once(npz, study, tmp_path):
+    """Before any run is made, and once, not for each line and seed."""
+    words = ["table1", "--data", npz, "--normal-class", 0, "--out", tmp_path / "runs"]
+    assert call(paper, *words, "--steps", "quick", "--launch", "graph").startswith("--launch graph: CUDA")
+    assert call(paper, *words, "--steps", 9, "--batch-size", 99).startswith("--batch-size 99: there are 16")
+    assert "quik: needs an integer from 1 on, or full, or quick" in call(paper, *words, "--steps", "quik")
+    (study / "results.csv").write_text("data,budget\nelpv,full\n")
+    assert "of another version" in call(paper, *words, "--steps", "quick")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_lines_that_are_a_sets_own_settings_are_dia(npz, study, tmp_path, monkeypatch):
     """t from 30, quarter-turns and 32 px are DIA's defaults for this set: those runs are not made twice."""
     made = []
@@ -178,6 +190,7 @@ def test_every_line_and_every_command_of_the_page_is_taken(npz, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(paper, "make", lambda *_: None)
             patch.setattr(paper, "write", lambda: None)
+            patch.setattr(dia_lib, "check_batch", lambda *_: None)          # the set has but 16 images
             patch.setattr(paper, "load_data", lambda *_, **__: dia_lib.load_data(str(npz), normal_class="0"))
             assert call(paper if name == "study.paper" else as_released, *words.split()) is None
     assert set().union(*paper.TABLES.values()) == set(paper.LINES)
@@ -244,7 +257,7 @@ def test_bootstrap_interval_covers_at_about_its_rate_and_pairing_narrows_it():
 
 
 def row(line, seed, auroc, data="pneumoniamnist", budget="9 steps", **more):
-    return dict.fromkeys(COLUMNS.split(","), "") | {
+    return dict.fromkeys(page.COLUMNS, "") | {
         "data": data, "budget": budget, "line": line, "seed": str(seed), "auroc": str(auroc),
         "seconds_2": "120", "processor": "AMD EPYC, 1 thread"} | more
 
@@ -257,11 +270,11 @@ def test_results_say_what_the_rows_say():
     rows = [row("DIA", 0, 0.8, seconds_1="60", change="11.5", test_best="0.85", test_last="0.7", kept="20",
                 made_defects="0.7"),
             row("DIA", 1, 0.9, seconds_1="120", change="12.5", test_best="0.95", test_last="0.8", kept="20"),
-            row("CSI", 0, 0.7, processor="NVIDIA H200"), row("CSI", 0, 0.1, data="elpv"),
+            row("CSI", 0, 0.7, processor="NVIDIA H200", seconds_1="0.0"), row("CSI", 0, 0.1, data="elpv"),
             row("CSI", 0, 0.2, budget="8 steps")]
     header, _, dia, csi = cells(page.results(rows, "pneumoniamnist", "9 steps"))
-    assert header == ["", "seeds", "AUROC at the last step", "paper", "one pass: last", "best by test", "of",
-                      "change", "minutes"]
+    assert header == ["", "seeds", "AUROC at the last step", "paper", "two passes: last", "best by test",
+                      "of", "change", "minutes"]
     assert dia == ["DIA", "0, 1", "**0.850 ± 0.071** (0.800, 0.900)", "0.903", "0.750 ± 0.071",
                    "0.900 ± 0.071", "20", "12.000 ± 0.707", "3.5 (AMD EPYC, 1 thread)"]
     assert csi == ["CSI", "0", "**0.700** (0.700)", "0.834", "", "", "", "", "2.0 (NVIDIA H200)"]
@@ -303,7 +316,7 @@ def test_front_page_has_its_columns_and_the_highest_floor(study):
             row("floor: pixels", 1, 0.75, **quick), row("floor: pixels", 0, 0.99),
             row("floor: untrained", 0, 0.8, **quick), row("floor: untrained", 1, 0.6, **quick)]
     with open(study / "results.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS.split(","), *(r.values() for r in rows)])
+        csv.writer(file).writerows([page.COLUMNS, *(r.values() for r in rows)])
     table = cells(page.front())
     column = page.FRONT.index(("pneumoniamnist", "`--quick`")) + 1
     low, high = stats.t.interval(0.95, 1, 0.15, stats.sem([0.1, 0.2]))
@@ -322,6 +335,24 @@ def test_multiply_adds_are_counted_by_hand():
     assert float(table[0][1]) == pytest.approx(count, abs=0.006)
 
 
+def test_pages_of_one_seed_say_so(study):
+    """No interval of one seed, no floors where none are; a row of an earlier version has stage 2 alone."""
+    quick = {"budget": "`--quick`", "seconds_1": "60"}
+    rows = [row("DIA", 0, 0.75, **quick | {"seconds_1": ""}), row("CSI", 0, 0.5, **quick)]
+    with open(study / "results.csv", "w", newline="") as file:
+        csv.writer(file).writerows([page.COLUMNS, *(r.values() for r in rows)])
+    labels = np.array([0, 0, 1, 1])
+    insert(study / "results-scores.csv", [
+        {**dict.fromkeys(page.KEY, ""), "data": "pneumoniamnist", "values": " ".join(map(str, labels))},
+        *({**{k: r[k] for k in page.KEY}, "values": values} for r, values in
+          zip(rows, ("1 3 2 4", "1 4 2 3"), strict=True))], page.KEY)
+    text = page.tables()
+    assert "| (DIA) - (CSI) | 0 | +0.250 |  |  |" in text and "Floors" not in text
+    assert "2.0 (AMD EPYC, 1 thread; stage 2 alone)" in text and "3.0 (AMD EPYC, 1 thread) |" in text
+    column = page.FRONT.index(("pneumoniamnist", "`--quick`")) + 1
+    assert cells(page.front())[-2][column] == "+0.250 (one seed)"
+
+
 def test_the_page_is_in_step_with_the_results(tmp_path, monkeypatch):
     """What python -m study.paper writes is what stands there: no number typed by hand, none forgotten."""
     home = tmp_path / "study"
@@ -332,7 +363,7 @@ def test_the_page_is_in_step_with_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "HERE", home)
     page.write()
     assert [(home / "README.md").read_text(), (tmp_path / "README.md").read_text()] == pages
-    assert list(page.read(page.TABLE)[0]) == COLUMNS.split(",")
+    assert list(page.read(page.TABLE)[0]) == page.COLUMNS
 
 
 # ---- The released code's quirks ------------------------------------------------------------------------
