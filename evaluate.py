@@ -224,14 +224,18 @@ def floors(data, settings, passes, device, batch):
     nearest = torch.cat([torch.cdist(chunk, train).amin(1) for chunk in test.split(256)])
     torch.manual_seed(settings["seed"])                     # the weights that training began with
     encoder = Encoder(settings["channels"], K, settings["stem"]).to(device, memory_format=torch.channels_last)
-    how = settings["shift"], passes, device, batch
+    untrained = auroc_of(encoder, data, settings["shift"], passes, device, batch, "the encoder untrained")
+    return {"minus mean brightness": float(roc_auc_score(data.labels, -brightness)),
+            "nearest neighbour on 32 px pixels": float(roc_auc_score(data.labels, nearest)),
+            "encoder untrained": untrained}
+
+
+def auroc_of(encoder, data, *how):
+    """AUROC of an encoder on the test images, nothing kept. how: what `embed` takes after the images."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # that its classifier knows nothing is the point
-        stats = csi_fit(*embed(encoder, data.train, *how, "untrained, training images"))
-    untrained = csi_score(stats, *embed(encoder, data.test, *how, "untrained, test images"))
-    scores = {"minus mean brightness": -brightness, "nearest neighbour on 32 px pixels": nearest,
-              "encoder untrained": untrained}
-    return {name: float(roc_auc_score(data.labels, score)) for name, score in scores.items()}
+        warnings.simplefilter("ignore")                     # of a classifier that knows nothing yet
+        stats = csi_fit(*embed(encoder, data.train, *how))
+    return float(roc_auc_score(data.labels, csi_score(stats, *embed(encoder, data.test, *how))))
 
 
 def examples(path, data, scores):

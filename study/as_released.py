@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--quirks", nargs="+", choices=QUIRKS, default=list(QUIRKS), help="; ".join(
         f"{name}: {text}" for name, text in QUIRKS.items()) + " (default: each of them)")
     args = parser.parse_args()
-    steps, epoch = steps_of(args)
+    steps, epoch, _ = steps_of(args)
     names = {f"DIA, as released: {name}": set(QUIRKS) if name == "all" else {name} for name in args.quirks}
     flags = {line: " ".join(FLAGS[name] for name in FLAGS if name in names[line]) for line in names}
     make_all(args, {line: ("", flags[line]) for line in names}, steps,

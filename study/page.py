@@ -31,7 +31,7 @@ PAPER = {                       # arXiv:2302.14696, Tables 1 to 5: mean AUROC at
 }
 PAIRS = [("DIA", "copy"), ("DIA", "CSI"), ("copy", "CSI"), ("CSI, contrast x 2/3", "CSI"),
          ("DIA", "CSI, as long as DIA"), ("gaussian", "DIA"), ("gaussian, as strong as DIA", "DIA"),
-         ("DIA", "resize"), ("resize", "CSI")]
+         ("DIA", "resize"), ("resize", "CSI"), ("DIA, rotate", "CSI, rotate"), ("DIA, perm", "CSI, perm")]
 FRONT = [("elpv", "`--quick`"), ("pneumoniamnist", "`--quick`")]            # columns on the front page
 FRONT_LINES = {"DIA": "DIA: dissolved", "CSI": "CSI: no third view", "copy": "`copy`: an ordinary third view"}
 csv.field_size_limit(2 ** 31 - 1)               # a row of results-scores.csv has all test images' scores
@@ -84,20 +84,21 @@ def results(rows, data, budget):
             "paper": f"{published:.3f}" if published else "",
             "two passes: last": spread(figures(runs, "test_last")),
             "best by test": spread(figures(runs, "test_best")),
-            "of": ", ".join(sorted({r["kept"] for r in runs.values()} - {""})),
+            "of": ", ".join(sorted({r["kept"] for r in runs.values()})) if figures(runs, "test_best") else "",
             "made defects": spread(figures(runs, "made_defects")),
             "val anomalies": spread(figures(runs, "val_anomalies")),
-            "change": spread(figures(runs, "change")), "minutes": minutes_of(runs)})
+            "change": spread(figures(runs, "change")), "minutes": minutes_of(runs),
+            "commit": ", ".join(sorted({r["commit"] for r in runs.values()}))})
     header = [k for k in table[0] if any(line[k] for line in table)]
     return markdown(header, [[line[k] for k in header] for line in table])
 
 
 def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
-    """Difference of mean AUROC, first - second, and its 95% interval over test images and seeds, paired.
+    """95% interval of a difference of mean AUROC, first - second, over test images and seeds, paired.
 
     labels: (Q,) 0 or 1; first, second: (S, Q) scores of S runs each, of the same seeds in the same order.
     Images are drawn anew within each label, and seeds among the S, the same for both sides; the interval is
-    between percentiles. Returns (difference, low, high).
+    between percentiles. Returns (low, high).
     """
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
 
@@ -111,8 +112,7 @@ def paired_bootstrap(labels, first, second, resamples=2000, seed=0):
     wn = rng.multinomial(N, np.full(N, 1 / N), resamples) / N
     each = np.stack([((wa @ gap) * wn).sum(1) for gap in gaps], 1)                          # (resamples, S)
     ws = rng.multinomial(len(gaps), np.full(len(gaps), 1 / len(gaps)), resamples) / len(gaps)
-    low, high = np.quantile((each * ws).sum(1), [0.025, 0.975])
-    return float(np.mean([gap.mean() for gap in gaps])), float(low), float(high)
+    return tuple(np.quantile((each * ws).sum(1), [0.025, 0.975]).tolist())
 
 
 def gaps_of(rows, data, budget, first, second):
@@ -141,20 +141,20 @@ def differences(rows, scores, data, budget):
         gaps, by_t = gaps_of(rows, data, budget, first, second)
         if gaps:
             sides = [[scores[data, budget, line, str(s)] for s in gaps] for line in (first, second)]
-            gap, *drawn = paired_bootstrap(scores[data, "", "", ""], *sides)
-            table.append([f"({first}) - ({second})", ", ".join(map(str, gaps)), f"{gap:+.3f}", between(by_t),
-                          between(by_t and drawn)])
+            drawn = by_t and paired_bootstrap(scores[data, "", "", ""], *sides)
+            table.append([f"({first}) - ({second})", ", ".join(map(str, gaps)),
+                          f"{statistics.fmean(gaps.values()):+.3f}", between(by_t), between(drawn)])
     header = ["difference", "seeds", "mean", "95%, t over seeds", "95%, bootstrap of seeds and images"]
     return markdown(header, table) if table else ""
 
 
 def floors(rows, data, budget):
-    """{floor: its AUROCs} of one set and budget. An untrained encoder has one for each seed."""
+    """{floor: its AUROCs} of one set and budget. The untrained encoder has one for each seed, others one."""
     found = {}
     for row in rows:
         if (row["data"], row["budget"]) == (data, budget) and row["line"].startswith("floor: "):
-            found.setdefault(row["line"].removeprefix("floor: "), set()).add(float(row["auroc"]))
-    return found
+            found.setdefault(row["line"].removeprefix("floor: "), []).append(float(row["auroc"]))
+    return {floor: values if len(set(values)) > 1 else values[:1] for floor, values in found.items()}
 
 
 def memorised(rows, data, budget):
@@ -166,8 +166,8 @@ def memorised(rows, data, budget):
             found.setdefault(int(step), []).append([float(v) for v in values])
     each = (f"{step:,} steps {statistics.fmean(v[0] for v in values):.2f} and "
             f"{statistics.fmean(v[1] for v in values):.2f}" for step, values in sorted(found.items()))
-    return "Dissolving changes training and held-out images by (means over seeds, grey levels): " + "; ".join(
-        each) + "." if found else ""
+    return ("At its own size dissolving changes training and held-out images by (means over seeds, grey "
+            f"levels): {'; '.join(each)}." if found else "")
 
 
 def table6():
@@ -192,7 +192,8 @@ def tables():
     scores = {tuple(r[k] for k in KEY): np.array(r["values"].split(), float) for r in read(SCORES)}
     for data in dict.fromkeys(r["data"] for r in rows):
         name = SETS.get(data, data)
-        for budget in dict.fromkeys(r["budget"] for r in rows if r["data"] == data and r["budget"]):
+        for budget in dict.fromkeys(r["budget"] for r in rows if r["data"] == data and lines_of(
+                rows, data, r["budget"])):
             blocks += [f"**{name}, {budget}**", results(rows, data, budget),
                        differences(rows, scores, data, budget), memorised(rows, data, budget)]
             each = [f"{floor} {spread(values)}" for floor, values in floors(rows, data, budget).items()]

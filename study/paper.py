@@ -22,14 +22,13 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from sklearn.metrics import roc_auc_score
+from scipy.optimize import brentq
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ import dia_lib
 import evaluate
 import train_dia
 import train_diffusion
-from dia_lib import csi_fit, csi_score, embed, load_checkpoint, load_data, load_encoder, to_float
+from dia_lib import load_checkpoint, load_data, load_encoder, to_float
 from extras.choose import choose
 from extras.tables import insert, processor
 from study.page import COLUMNS, KEY, SCORES, TABLE, read, write
@@ -64,7 +63,6 @@ LINES = {                       # a line of a table: its flags in stage 1, None 
     "CSI, rotate": (None, "--dissolve none --shift rotate"),
     "DIA, perm": ("", "--shift perm"),
     "CSI, perm": (None, "--dissolve none --shift perm"),
-    "DIA, dissolved at 32 px": ("--dissolve-size 32", ""),
     "DIA, dissolved at 64 px": ("--dissolve-size 64", ""),
     "DIA, dissolved at 128 px": ("--dissolve-size 128", ""),
 }
@@ -73,7 +71,7 @@ TABLES = {
     "table2": [line for line in LINES if ", t " in line],
     "table3": ["DIA, a tenth of stage 1's images", "DIA"],
     "table4": [line for line in LINES if line.endswith((", rotate", ", perm"))],
-    "table5": [line for line in LINES if "dissolved at" in line],
+    "table5": ["DIA", *(line for line in LINES if "dissolved at" in line)],             # at 32 px
     "table6": [],                                                           # parameters: needs no run
 }
 
@@ -96,7 +94,8 @@ def plain(name):
 def budget_of(args):
     """The flags of both stages for --steps and --batch-size, and a name for them."""
     size = ["--batch-size", args.batch_size] if args.batch_size else []
-    flags, name = {"full": ([], "the paper's budget"), "quick": (["--quick"], "`--quick`")}.get(
+    flags, name = {"full": ([], "the paper's steps" if size else "the paper's budget"),
+                   "quick": (["--quick"], "`--quick`")}.get(
         args.steps, (["--steps", args.steps], f"{args.steps} steps"))
     return [*flags, *size], name + (f" of {args.batch_size} images" if size else "")
 
@@ -131,11 +130,7 @@ def logged(out, stage, name):
 def two_passes(folder, data, device):
     """AUROC on the test images of the weights in a folder, by two test-time passes: as `choose` takes."""
     state = load_checkpoint(folder / "dia.pt", "dia", device)
-    encoder, how = load_encoder(state, device), (state["settings"]["shift"], 2, device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # a classifier that knows nothing yet, at first
-        stats = csi_fit(*embed(encoder, data.train, *how))
-    return float(roc_auc_score(data.labels, csi_score(stats, *embed(encoder, data.test, *how))))
+    return evaluate.auroc_of(load_encoder(state, device), data, state["settings"]["shift"], 2, device)
 
 
 def held_out(args, mode, pixels, device):
@@ -176,26 +171,26 @@ def with_sigma(sigma):
 
 def as_strong(target, x, small):
     """The sigma, in pixels, by which a gaussian third view changes images by target grey levels; or exits."""
-    low, high = 0.05, 20.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        with with_sigma(middle):
-            reached = change(x, small, "gaussian")
-        low, high = (middle, high) if reached < target else (low, middle)
-    if abs(reached - target) > 0.02 * target:
-        raise SystemExit(f"no blur changes images by {target:.2f} grey levels as DIA does: nearest is "
-                         f"{reached:.2f}, by a sigma of {middle:.2f} px")
-    print(f"a sigma of {middle:.2f} px changes held-out images by {reached:.2f} grey levels, as DIA does")
-    return middle
+    def above(sigma):
+        with with_sigma(sigma):
+            return change(x, small, "gaussian") - target
+
+    try:
+        sigma = brentq(above, 0.05, 20, xtol=1e-3)
+    except ValueError:                                                      # of one sign at both ends
+        raise SystemExit(f"no blur changes images by {target:.2f} grey levels as DIA does") from None
+    print(f"a sigma of {sigma:.2f} px changes held-out images by {target:.2f} grey levels, as DIA does")
+    return sigma
 
 
 def steps_of(args):
-    """Steps of stage 2, and of an epoch as the released code counts them."""
+    """Steps of stage 2, of an epoch as the released code counts them, and the set's own settings."""
     size = args.batch_size or (train_dia.QUICK["batch_size"] if args.steps == "quick" else 32)
-    M = len(load_data(args.data, 32, ("train",), normal_class=args.normal_class).train)
-    dia_lib.check_batch(size, M)
-    epoch = min(M // size, 201)
-    return {"quick": train_dia.QUICK["steps"], "full": 1000 * epoch}.get(args.steps, args.steps), epoch
+    data = load_data(args.data, 32, ("train",), normal_class=args.normal_class)
+    dia_lib.check_batch(size, len(data.train))
+    epoch = min(len(data.train) // size, 201)
+    steps = {"quick": train_dia.QUICK["steps"], "full": 1000 * epoch}.get(args.steps, args.steps)
+    return steps, epoch, data.defaults
 
 
 def make(args, line, seed, flags, steps, around):
@@ -214,10 +209,9 @@ def make(args, line, seed, flags, steps, around):
         return
     print(f"\n{title}", flush=True)
     first, second = flags
-    words = ["--data", args.data, "--device", args.device]
+    words = ["--data", args.data, "--device", args.device, "--seed", seed, "--resume", *budget_flags]
     words += ["--normal-class", args.normal_class] if args.normal_class else []
-    trained = [*words, "--seed", seed, "--resume", *budget_flags]
-    trained += ["--launch", args.launch] if args.launch else []
+    words += ["--launch", args.launch] if args.launch else []
     device, folder = dia_lib.pick_device(args.device), Path(args.out) / plain(f"{name} {budget}")
     folder, second = folder / f"s{seed}", second.split()
     out, stage1, seconds, reports = folder / plain(line), None, 0.0, []
@@ -225,13 +219,14 @@ def make(args, line, seed, flags, steps, around):
     def other(line, column):                                                # what another line's row says
         row = rows.get(tuple((key | {"line": line}).values()), {})
         if not row.get(column):
+            anew = f"delete its row and {folder / plain(line)}, and make it anew"
             raise SystemExit(f"results.csv has no {column} of {line}, which this line needs: "
-                             + ("delete that row, and make it anew" if row else "make that first"))
+                             + (anew if row else "make that first"))
         return row[column]
 
     if first is not None:
         at = folder / plain(f"stage1 {first}")
-        call(train_diffusion, *trained, *first.split(), "--out", at)
+        call(train_diffusion, *words, *first.split(), "--out", at)
         second, stage1 = [*second, "--diffusion", at / "diffusion.pt"], at / "diffusion.pt"
         seconds = logged(at, "diffusion", "seconds")[-1]["seconds"]
         reports = [f"{r['step']} {r['change_train']:.2f} {r['change_held']:.2f}"
@@ -246,41 +241,47 @@ def make(args, line, seed, flags, steps, around):
         images = held_out(args, "gaussian", 32, device)
         around = with_sigma(as_strong(float(other("DIA", "change")), *images))
     second += ["--save-every", math.ceil(steps / args.kept)]
+    origin = out / "origin.json"                                        # it may be scored elsewhere, later
+    if not origin.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        origin.write_text(json.dumps({"commit": code_version(), "processor": chip(device)}))
     with around:
-        call(train_dia, *trained, *second, "--out", out)
+        call(train_dia, *words, *second, "--out", out)
         changed = change_of(args, out, stage1, device)
-    call(evaluate, *words, "--out", out)
-    add(key, out, device, {"change": changed, "stage1": "; ".join(reports), "seconds_1": seconds})
+    call(evaluate, "--device", args.device, "--out", out)
+    add(key, out, device, {"change": changed, "stage1": "; ".join(reports), "seconds_1": seconds,
+                           **json.loads(origin.read_text())})
     print(f"{title}: in results.csv, with its scores in {SCORES.name}", flush=True)
 
 
-def add(key, out, device, known):
-    """Put a run that is scored, its floors and its scores into the tables. key, known: columns of its row."""
+def add(key, out, device, more):
+    """Put a run that is scored, its floors and its scores into the tables. key, more: columns of its row."""
     state = load_checkpoint(out / "dia.pt", "dia", "cpu")
     data = evaluate.data_of(state["settings"], out)
-    kept = sorted(out.glob("step-*"), key=lambda path: int(path.name[5:])) or [out]
+    kept = sorted(out.glob("step-*"), key=lambda path: int(path.name[5:]))
+    if not kept:
+        raise SystemExit(f"{out}: the weights kept on the way are gone: delete that folder to train anew")
     each = [two_passes(path, data, device) for path in tqdm(kept, "checkpoints", leave=False)]
     metrics = json.loads((out / "metrics.json").read_text())
     chosen = choose(out, device)[1] if (~data.calibration).sum() > 1 else {}
     row = {**key, "auroc": metrics["auroc"], "test_best": max(each), "test_last": each[-1], "kept": len(each),
            "steps": state["step"], "made_defects": chosen.get("val_auroc"),
-           "val_anomalies": chosen.get("val_real"), **known,
-           "seconds_2": logged(out, "dia", "seconds")[-1]["seconds"], "commit": code_version(),
-           "processor": chip(device)}
+           "val_anomalies": chosen.get("val_real"), **more,
+           "seconds_2": logged(out, "dia", "seconds")[-1]["seconds"]}
     floors = [dict.fromkeys(COLUMNS, "") | key | {"line": f"floor: {floor}", "auroc": auroc}
               for floor, auroc in metrics["floors_auroc"].items() if key["line"] in ("DIA", "CSI")]
     images = read(out / "scores.csv")
-    insert(SCORES, [{**key, "values": " ".join(f"{float(i['score']):.6g}" for i in images)},
-                    {**dict.fromkeys(KEY, ""), "data": key["data"],
-                     "values": " ".join(i["label"] for i in images)}], KEY)
+    labels = {**dict.fromkeys(KEY, ""), "data": key["data"], "values": " ".join(i["label"] for i in images)}
+    if any(r != labels for r in read(SCORES) if r["data"] == key["data"] and not r["line"]):
+        raise SystemExit(f"{SCORES.name} has a {key['data']} with other test images: rename this one")
+    insert(SCORES, [{**key, "values": " ".join(f"{float(i['score']):.6g}" for i in images)}, labels], KEY)
     insert(TABLE, [{k: "" if r[k] is None else f"{r[k]:.4f}" if isinstance(r[k], float) else r[k]
                     for k in COLUMNS} for r in [*floors, row]], KEY)    # last: it says that all is there
     for path in kept:
-        if path != out:
-            shutil.rmtree(path)
+        shutil.rmtree(path)
 
 
-def budget(text):
+def steps_type(text):
     """"full", "quick" or a number of steps."""
     try:
         return text if text in ("full", "quick") else dia_lib.number()(text)
@@ -294,8 +295,8 @@ def run_flags(description):
     dia_lib.shared_flags(parser, data="pneumoniamnist")
     parser.add_argument("--seeds", type=dia_lib.number(low=0), nargs="+", default=[0, 1, 2],
                         help="(default: 0 1 2)")
-    parser.add_argument("--steps", default="full", type=budget, help="of both stages, full: the paper's, or "
-                        "quick: those of --quick (default: full)")
+    parser.add_argument("--steps", default="full", type=steps_type, help="of both stages: full, the paper's; "
+                        "quick, those of --quick; or a number (default: full)")
     parser.add_argument("--batch-size", type=dia_lib.number(), help="images a step (default: the stages')")
     parser.add_argument("--kept", type=dia_lib.number(), default=20,
                         help="checkpoints of stage 2 that are tested (default: 20)")
@@ -311,17 +312,20 @@ def main():
     parser.add_argument("--lines", nargs="+", choices=LINES, metavar="LINE",
                         help="these lines alone (default: all of the table)")
     args = parser.parse_args()
-    if args.lines and not args.table:
-        parser.error("--lines: name a table before it")
-    lines, steps = args.lines or TABLES.get(args.table, []), None
+    own = TABLES.get(args.table, [])
+    if set(args.lines or []) - set(own):
+        parser.error("--lines: name a table before it, and lines of that table" + ": " * bool(own)
+                     + ", ".join(map(repr, own)))
+    lines, steps = args.lines or own, None
     if lines:
-        steps, _ = steps_of(args)
-        data = load_data(args.data, splits=("train",), normal_class=args.normal_class)
-        size, (low, high) = data.train.shape[-1], data.defaults["t_range"]
+        steps, _, defaults = steps_of(args)
+        size, (low, high) = defaults["image_size"], defaults["t_range"]
+        if args.steps == "quick":
+            size = min(size, train_dia.QUICK["image_size"])
         too_large = {f"DIA, dissolved at {n} px" for n in (64, 128) if n > size}
         if size <= 32:
             too_large.add("resize")
-        own = [f"t {low}-{high}", data.defaults["shift"], "dissolved at 32 px"]       # DIA, CSI have them
+        own = [f"t {low}-{high}", defaults["shift"]]                        # DIA and CSI have them
         for line in too_large & set(lines):
             print(f"{line}: nothing to measure on images of {size} px")
         lines = [line for line in lines if line not in too_large]
@@ -343,7 +347,7 @@ def make_all(args, lines, steps, around=lambda line: nullcontext()):
         for line, flags in lines.items():
             try:
                 make(args, line, seed, flags, steps, around(line))
-            except SystemExit as stop:
+            except (SystemExit, torch.OutOfMemoryError) as stop:
                 failed.append(f"{line}, seed {seed}: {stop}")
                 print(failed[-1], flush=True)
     write()

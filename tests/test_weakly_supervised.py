@@ -463,13 +463,13 @@ def test_runs_become_lines_of_the_table(tmp_path, monkeypatch):
     assert lines[:2] + lines[-2:] == ["a", "<!-- study: AUROC -->", "<!-- end -->", "b"]
     assert lines[3] == "| method | features | labelled | chest X-rays | ELPV | magnetic tiles |"
     assert lines[5:-3] == [
-        "| `wscxr` | dia:x 64 px, layers 3 | 2 |  | 0.833 ± 0.058 (0.800, 0.900, 0.800) |  |",
-        "| `wscxr`, trained on mono | dia:x 64 px, layers 3 | 2 |  | 0.970 ± 0.000 (0.970, 0.970, 0.970) "
+        "| `wscxr` | dia:x 64 px, 3 | 2 |  | 0.833 ± 0.058 (0.800, 0.900, 0.800) |  |",
+        "| `wscxr`, trained on mono | dia:x 64 px, 3 | 2 |  | 0.970 ± 0.000 (0.970, 0.970, 0.970) "
         "|  |",
-        "| `wscxr` `mining=False` | dia:x 64 px, layers 3 | 2 |  | 0.960 ± 0.000 (0.960, 0.960, 0.960) |  |",
-        "| `ckaad` | efficientnet_lite0 64 px, layers 3 | 2 |  |  | 0.500 ± 0.000 (0.500, 0.500, 0.500); "
-        "pixels 0.250 ± 0.000, PRO 0.750 ± 0.000 |",
-        "| `ckaad` | efficientnet_lite0 64 px, layers 3 | 5% | 0.980 ± 0.000 (0.980, 0.980, 0.980); "
+        "| `wscxr` `mining=False` | dia:x 64 px, 3 | 2 |  | 0.960 ± 0.000 (0.960, 0.960, 0.960) |  |",
+        "| `ckaad` | 64 px, 3 | 2 |  |  | 0.500 ± 0.000 (0.500, 0.500, 0.500); "
+        "pixel AUROC 0.250 ± 0.000, PRO 0.750 ± 0.000 |",
+        "| `ckaad` | 64 px, 3 | 5% | 0.980 ± 0.000 (0.980, 0.980, 0.980); "
         "paper 0.966 |  |  |"]
     rows = list(csv.DictReader(results.TABLE.open()))
     assert len(rows) == 19 and [r["labelled"] for r in rows].count("5%") == 3

@@ -80,7 +80,7 @@ def cell(runs, published):
     words = [f"{spread(values)} ({', '.join(f'{v:.3f}' for v in values)})"]
     words += [f"paper {published}"] * bool(published)
     if pixels := figures(runs, "pixel_auroc"):
-        words.append(f"pixels {spread(pixels)}, PRO {spread(figures(runs, 'pro'))}")
+        words.append(f"pixel AUROC {spread(pixels)}, PRO {spread(figures(runs, 'pro'))}")
     return "; ".join(words)
 
 
@@ -105,7 +105,8 @@ def table(rows):
         name = " ".join(f"`{word}`" for word in (method, *switches.split()))
         cells = [cell(lines[line].get(data, []), published.get(data)) for data in SETS]
         if any(cells):
-            found.append([name + f", trained on {group}" * bool(group), backbone, labelled, *cells])
+            features = backbone.removeprefix("efficientnet_lite0 ").replace(" px, layers", " px,")
+            found.append([name + f", trained on {group}" * bool(group), features, labelled, *cells])
     return markdown(["method", "features", "labelled", *SETS.values()], found)
 
 
