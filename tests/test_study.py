@@ -136,18 +136,26 @@ def test_a_stopped_run_goes_on_and_gives_the_same_row(npz, study, tmp_path, monk
         return lambda *args: stop() if args[-1] == step else draw(*args)
 
     indices = dia_lib.batch_indices
-    for module, name, value in ((train_diffusion, "batch_indices", stop_at(2, indices)),
-                                (train_dia, "batch_indices", stop_at(3, indices)), (evaluate, "main", stop),
-                                (paper, "choose", stop)):
+    for commit, module, name, value in (("a", train_diffusion, "batch_indices", stop_at(2, indices)),
+                                        ("b", train_dia, "batch_indices", stop_at(3, indices)),
+                                        ("c", evaluate, "main", stop), ("d", paper, "choose", stop)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
+            patch.setattr(paper, "code_version", lambda commit=commit: commit)
             assert "DIA, seed 0: stopped" in run(npz, tmp_path / "parts", "DIA")
             assert not (study / "results.csv").exists()
     assert run(npz, tmp_path / "parts", "DIA") is None
     parts, = [r for r in page.read(study / "results.csv") if r["line"] == "DIA"]
+    assert (whole["commit"], parts["commit"]) == (paper.code_version(), "b")       # what began to train it
     for row in (whole, parts):
-        del row["seconds_1"], row["seconds_2"]
+        del row["seconds_1"], row["seconds_2"], row["commit"]
     assert parts == whole
+
+    (study / "results.csv").unlink()                                        # to make it anew is to train anew
+    assert "weights kept on the way are gone: delete" in run(npz, tmp_path / "parts", "DIA")
+    table = page.read(study / "results-scores.csv")
+    insert(study / "results-scores.csv", [r | {"values": "1 0"} for r in table if not r["line"]], page.KEY)
+    assert "a small normal 0 with other test images" in run(npz, tmp_path / "whole-2", "CSI")
 
 
 def test_what_cant_be_made_is_told_and_the_rest_is_made(npz, study, tmp_path, monkeypatch):
@@ -159,6 +167,13 @@ def test_what_cant_be_made_is_told_and_the_rest_is_made(npz, study, tmp_path, mo
     assert {r["line"] for r in page.read(study / "results.csv") if "floor" not in r["line"]} == {"CSI"}
     assert "small normal 0" in (study / "README.md").read_text()
     assert "--lines: name a table" in call(paper, "--lines", "CSI")
+
+    def full(args, line, *_):
+        if line == "DIA":
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(paper, "make", full)
+    assert run(npz, tmp_path / "runs", "DIA", "CSI") == "not made: DIA, seed 0: no memory"
 
 
 def test_what_no_run_can_have_stops_all_at_once(npz, study, tmp_path):
