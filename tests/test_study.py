@@ -291,8 +291,8 @@ def test_results_say_what_the_rows_say():
                 made_defects="0.7"),
             row("DIA", 1, 0.9, seconds_1="120", change="12.5", test_best="0.95", test_last="0.8", kept="20",
                 commit="def"),
-            row("CSI", 0, 0.7, processor="NVIDIA H200", seconds_1="0.0"), row("CSI", 0, 0.1, data="elpv"),
-            row("CSI", 0, 0.2, budget="8 steps")]
+            row("CSI", 0, 0.7, processor="NVIDIA H200", seconds_1="0.0", kept="20"),
+            row("CSI", 0, 0.1, data="elpv"), row("CSI", 0, 0.2, budget="8 steps")]
     header, _, dia, csi = cells(page.results(rows, "pneumoniamnist", "9 steps"))
     assert header == ["", "seeds", "AUROC at the last step", "paper", "two passes: last", "best by test",
                       "of", "change", "minutes", "commit"]
@@ -338,6 +338,8 @@ def test_front_page_has_its_columns_and_the_highest_floor(study):
             row("floor: untrained", 0, 0.8, **quick), row("floor: untrained", 1, 0.6, **quick)]
     with open(study / "results.csv", "w", newline="") as file:
         csv.writer(file).writerows([page.COLUMNS, *(r.values() for r in rows)])
+    assert page.floors(rows + [row("floor: untrained", 2, 0.8, **quick)], "pneumoniamnist", "`--quick`") == {
+        "pixels": [0.75], "untrained": [0.8, 0.6, 0.8]}                     # of a floor without seeds, one
     table = cells(page.front())
     column = page.FRONT.index(("pneumoniamnist", "`--quick`")) + 1
     low, high = stats.t.interval(0.95, 1, 0.15, stats.sem([0.1, 0.2]))
