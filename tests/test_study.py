@@ -82,6 +82,8 @@ def test_a_tables_runs_are_made_scored_and_put_on_the_pages(npz, study, tmp_path
         assert not list(out.glob("step-*"))
         shutil.copytree(out, two, dirs_exist_ok=True)
         assert call(evaluate, "--out", two, "--passes", 2) is None
+        floors = json.loads((out / "metrics.json").read_text())["floors_auroc"]
+        assert len(floors) == (3 if line == "DIA" else 0)                   # once for each seed
         metrics = json.loads((two / "metrics.json").read_text())
         assert float(row["test_last"]) == pytest.approx(metrics["auroc"], abs=6e-5)
         assert float(row["seconds_2"]) == pytest.approx(paper.logged(out, "dia", "seconds")[-1]["seconds"])
