@@ -209,9 +209,9 @@ def front():
         cells = [spread(figures(runs_of(rows, *column, line), "auroc")) or "not run" for column in FRONT]
         published = f"{PAPER['pneumoniamnist', line]:.3f}" if line in ("DIA", "CSI") else ""
         table.append([name, *cells, published])
-    best = [max(((statistics.fmean(v), name) for name, v in floors(rows, *column).items()), default=None)
+    best = [max(floors(rows, *column).items(), key=lambda floor: statistics.fmean(floor[1]), default=None)
             for column in FRONT]
-    table.append(["the highest floor", *(f"{b[0]:.3f}, {b[1]}" if b else "not run" for b in best), ""])
+    table.append(["the highest floor", *(f"{spread(b[1])}, {b[0]}" if b else "not run" for b in best), ""])
     for second in ("CSI", "copy"):
         both = [gaps_of(rows, *column, "DIA", second) for column in FRONT]
         table.append([f"DIA - {second}, 95% interval", *(
