@@ -315,11 +315,11 @@ def main():
     parser.add_argument("--lines", nargs="+", choices=LINES, metavar="LINE",
                         help="these lines alone (default: all of the table)")
     args = parser.parse_args()
-    own = TABLES.get(args.table, [])
-    if set(args.lines or []) - set(own):
-        parser.error("--lines: name a table before it, and lines of that table" + ": " * bool(own)
-                     + ", ".join(map(repr, own)))
-    lines, steps = args.lines or own, None
+    lines, steps = TABLES.get(args.table, []), None
+    if set(args.lines or []) - set(lines):
+        parser.error("--lines: name a table before it, and lines of that table" + ": " * bool(lines)
+                     + ", ".join(map(repr, lines)))
+    lines = args.lines or lines
     if lines:
         steps, _, defaults = steps_of(args)
         size, (low, high) = defaults["image_size"], defaults["t_range"]
