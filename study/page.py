@@ -63,7 +63,7 @@ def lines_of(rows, data, budget):
 
 
 def minutes_of(runs):
-    """"42.6 (AMD EPYC, 1 thread)": mean minutes of training, both stages, on each processor."""
+    """Mean minutes of training, both stages, on each processor: "42.6 (AMD EPYC, 1 thread, bfloat16)"."""
     each = {}
     for row in runs.values():
         name = row["processor"] + ("" if row["seconds_1"] else "; stage 2 alone")

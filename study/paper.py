@@ -115,10 +115,10 @@ def code_version():
 
 
 def chip(device):
-    """What seconds are seconds of: the processor's name, and threads where it is not a GPU."""
+    """What seconds are seconds of: the processor's name, threads where it is not a GPU, and the precision."""
     threads = torch.get_num_threads()
     text = f", {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
-    return processor(device) + text
+    return processor(device) + text + (", bfloat16" if dia_lib.has_bfloat16(device) else ", float32")
 
 
 def logged(out, stage, name):

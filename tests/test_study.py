@@ -178,6 +178,13 @@ def test_what_cant_be_made_is_told_and_the_rest_is_made(npz, study, tmp_path, mo
     assert run(npz, tmp_path / "runs", "DIA", "CSI") == "not made: DIA, seed 0: no memory"
 
 
+@pytest.mark.parametrize(("has", "says"), [(True, "bfloat16"), (False, "float32")])
+def test_seconds_are_of_a_processor_its_threads_and_a_precision(monkeypatch, has, says):
+    """The same chip's name stands for processors with bfloat16 and without: their seconds do not compare."""
+    monkeypatch.setattr(dia_lib, "has_bfloat16", lambda device: has)
+    assert re.fullmatch(rf".+, \d+ threads?, {says}", paper.chip(torch.device("cpu")))
+
+
 def test_what_no_run_can_have_stops_all_at_once(npz, study, tmp_path):
     """Before any run is made, and once, not for each line and seed."""
     words = ["table1", "--data", npz, "--normal-class", 0, "--device", "cpu", "--out", tmp_path / "runs"]
