@@ -166,8 +166,8 @@ def memorised(rows, data, budget):
             found.setdefault(int(step), []).append([float(v) for v in values])
     each = (f"{step:,} steps {statistics.fmean(v[0] for v in values):.2f} and "
             f"{statistics.fmean(v[1] for v in values):.2f}" for step, values in sorted(found.items()))
-    return ("Change of training and of held-out images by stage 1's own log (grey levels; other t than "
-            f"above, and with the black border of small images): {'; '.join(each)}." if found else "")
+    return ("Stage 1's own log has other t, and the black border of small images. By it training and "
+            f"held-out images change by (grey levels): {'; '.join(each)}." if found else "")
 
 
 def table6():
